@@ -1,0 +1,66 @@
+# Targets make .venv once and use it. On a machine without a GPU a lighter torch will do, for example
+#     make test TORCH_FLAGS="--index-url URL-OF-CPU-BUILDS"
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help venv style format check test test-fast test-deepspeed demo results-quick clean
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
+TORCH ?= torch==2.13.0
+TORCH_FLAGS ?=
+EXTRAS ?= dev,report,deepspeed
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Ranks are processes: with more threads each they only get in each other's way. deepspeed shall not compile or guess.
+export OMP_NUM_THREADS := 1
+export DS_ACCELERATOR ?= cpu
+export DS_BUILD_OPS ?= 0
+
+help:
+	@echo "make venv | style | format | check | test | test-fast | test-deepspeed | demo | results-quick | clean"
+
+venv: $(STAMP)
+
+# torch first: its build (CPU, CUDA) is the user's choice, and what follows must find it there.
+$(STAMP): setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH_FLAGS) "$(TORCH)"
+	$(PIP) install --quiet "setuptools>=77" wheel
+	$(PIP) install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+style: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: style
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-deepspeed: $(STAMP)
+	$(BIN)/python -m pytest -k deepspeed $(PYTEST_ARGS)
+
+demo: $(STAMP)
+	$(BIN)/es-megatron demo
+
+results-quick: $(STAMP)
+	$(BIN)/python -m benchmarks.step
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,235 @@
+"""Settings of Evolved Sampling, checked once at construction, and the builder that reads any settings from a mapping."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from es_megatron.errors import ConfigError
+
+T = TypeVar("T")
+
+Arm = Literal["es", "plain", "uniform", "uniform-prune", "shortened", "shuffled"]
+Scorer = Literal["fresh", "history", "every-k"]
+Granularity = Literal["sample", "microbatch"]
+Correction = Literal["paper", "debiased"]
+
+MAX_SATURATION_WEIGHT = 1e-6
+
+
+@dataclass(frozen=True)
+class EvolvedSamplingConfig:
+    """What Evolved Sampling does to a run; symbols are the paper's (arXiv 2509.23461)."""
+
+    arm: Arm = "es"
+    """`es`, or a control arm on the same code path: `plain` (train on everything), `uniform` (a random b of B, no
+    scoring), `uniform-prune` (the same, and a random share of each epoch pruned), `shortened` (plain, cut to the cost of
+    the `es` run), `shuffled` (placebo: weights permuted within the meta-batch, kept masks within the component)."""
+
+    beta1: float = 0.2
+    """Share of the old score in the sampling weight, in [0, 1] (beta_1 of eq. 2.5)."""
+
+    beta2: float | None = None
+    """Decay of the score, in [0, 1) (beta_2 of eq. 2.5). None: the paper's 0.9 without pruning, 0.8 with it."""
+
+    keep_ratio: float = 0.25
+    """Share of the meta-batch that gets a backward pass, in (0, 1] (b/B). b must come out a multiple of micro-batch size
+    times data-parallel size."""
+
+    pruning_ratio: float = 0.0
+    """Share of every component left out of each of its pruned epochs, in [0, 1) (r). 0 is ES, above it ESWP."""
+
+    anneal: float = 0.05
+    """Share of iterations at each end that train on the whole meta-batch, in [0, 0.5] (E_a / E)."""
+
+    scorer: Scorer = "fresh"
+    """Where losses come from: `fresh` (a forward pass over every meta-batch, the paper), `history` (no extra pass: the
+    stored scores choose, training forwards update them), `every-k` (fresh on every `score_every`-th iteration, history
+    between)."""
+
+    score_every: int = 4
+    """Period of the fresh passes of `every-k`, in iterations, >= 1."""
+
+    granularity: Granularity = "sample"
+    """`sample` chooses sequences and packs them into new micro-batches; `microbatch` chooses whole groups of
+    micro-batch-size consecutive positions by their mean weight."""
+
+    scoring_micro_batch_size: int | None = None
+    """Sequences in a micro-batch of the scoring pass, which needs no activations kept; None: the training size."""
+
+    score_correction: Correction | None = None
+    """`paper` uses scores as stored; `debiased` takes the start value 1/n out, (s - beta2^k/n) / (1 - beta2^k) after k
+    visits, and counts unseen samples as their component's mean. None: `paper` for `fresh`, `debiased` where history
+    chooses, since with raw scores what was never seen would hardly ever be chosen."""
+
+    weight_floor: float = 0.0
+    """Lower bound of a weight as a share of the mean weight, in [0, 1]; above 0 every sample stays reachable."""
+
+    inclusion_weights: bool = False
+    """Weight chosen losses by one over their inclusion probability, so that the gradient is unbiased."""
+
+    mask_lag: int = 8
+    """Iterations between the scores that decide an epoch's kept mask and its first draw, >= 1; at least what the data
+    loader prefetches."""
+
+    max_bad_losses: float = 0.1
+    """Share of a meta-batch that may have a non-finite loss, in [0, 1], before the run stops."""
+
+    match_cost: bool = False
+    """For `uniform` and `uniform-prune`: ignore `keep_ratio`, and train on as many sequences as cost the same as the
+    `es` run of these settings."""
+
+    seed: int = 1234
+    """Seed of data order, pruning and selection, in [0, 2^63)."""
+
+    def __post_init__(self) -> None:
+        """Check every field and their combinations."""
+        require_choice("arm", self.arm, Arm)
+        require_choice("scorer", self.scorer, Scorer)
+        require_choice("granularity", self.granularity, Granularity)
+        if self.score_correction is not None:
+            require_choice("score_correction", self.score_correction, Correction)
+        require(0 <= self.beta1 <= 1, "beta1", "in [0, 1]", self.beta1)
+        require(self.beta2 is None or 0 <= self.beta2 < 1, "beta2", "in [0, 1)", self.beta2)
+        require(0 < self.keep_ratio <= 1, "keep_ratio", "in (0, 1]", self.keep_ratio)
+        require(0 <= self.pruning_ratio < 1, "pruning_ratio", "in [0, 1)", self.pruning_ratio)
+        require(0 <= self.anneal <= 0.5, "anneal", "in [0, 0.5]", self.anneal)
+        require(self.score_every >= 1, "score_every", ">= 1", self.score_every)
+        require(
+            self.scoring_micro_batch_size is None or self.scoring_micro_batch_size >= 1,
+            "scoring_micro_batch_size",
+            ">= 1",
+            self.scoring_micro_batch_size,
+        )
+        require(0 <= self.weight_floor <= 1, "weight_floor", "in [0, 1]", self.weight_floor)
+        require(self.mask_lag >= 1, "mask_lag", ">= 1", self.mask_lag)
+        require(0 <= self.max_bad_losses <= 1, "max_bad_losses", "in [0, 1]", self.max_bad_losses)
+        require(0 <= self.seed < 1 << 63, "seed", "in [0, 2^63)", self.seed)
+        if self.inclusion_weights and self.granularity == "microbatch":
+            raise ConfigError(
+                "`inclusion_weights` must be off with `granularity: microbatch`: probabilities are those of sequences. "
+                "Use `granularity: sample`."
+            )
+        if self.match_cost and self.arm not in ("uniform", "uniform-prune"):
+            raise ConfigError(
+                f"`match_cost` must be off for arm `{self.arm}`: it sets the size of a uniform choice. "
+                "Use it with `uniform` or `uniform-prune` (`shortened` always matches)."
+            )
+        if self.correction == "debiased" and self.decay**255 >= MAX_SATURATION_WEIGHT:
+            limit = MAX_SATURATION_WEIGHT ** (1 / 255)
+            raise ConfigError(
+                f"`beta2` must be below {limit:.4f} with `score_correction: debiased`, but is {self.decay} instead: visits "
+                "are counted up to 255 only. Use a smaller `beta2` or `score_correction: paper`."
+            )
+
+    @property
+    def decay(self) -> float:
+        """beta2 with the paper's default filled in (section 3.1)."""
+        if self.beta2 is not None:
+            return self.beta2
+        return 0.8 if self.pruning_ratio > 0 else 0.9
+
+    @property
+    def correction(self) -> Correction:
+        """score_correction with its default filled in."""
+        if self.score_correction is not None:
+            return self.score_correction
+        return "paper" if self.scorer == "fresh" else "debiased"
+
+    @property
+    def scores(self) -> bool:
+        """Whether this arm keeps scores at all."""
+        return self.arm in ("es", "shuffled")
+
+    @property
+    def selects(self) -> bool:
+        """Whether this arm ever trains on fewer than the whole meta-batch."""
+        return self.arm not in ("plain", "shortened")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether this arm leaves samples out of epochs."""
+        return self.pruning_ratio > 0 and self.arm in ("es", "shuffled", "uniform-prune")
+
+
+def require(holds: bool, name: str, rule: str, value: object) -> None:
+    """Raise the usual `ConfigError` unless a setting keeps its rule."""
+    if not holds:
+        raise ConfigError(f"`{name}` must be {rule}, but is {value!r} instead.")
+
+
+def require_choice(name: str, value: object, literal: Any) -> None:
+    """Raise unless `value` is one of the strings of a `Literal`; names the nearest one."""
+    choices = typing.get_args(literal)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r} instead.{hint}")
+
+
+def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """Make a settings dataclass from a mapping, nested ones included.
+
+    Args:
+        cls: a dataclass.
+        mapping: what was read from YAML or JSON.
+        where: names the source in errors, such as `configs/demo.yaml`.
+
+    Raises:
+        ConfigError: unknown or missing key, or a value of another type; names key, source and the nearest key.
+    """
+    if not isinstance(mapping, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"`{where}` must be a mapping of settings, but is {mapping!r} instead.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, cls)) if field.init}
+    for key in mapping:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"Known keys: {', '.join(fields)}."
+            raise ConfigError(f"Unknown key `{key}` in `{where}`. {hint}")
+    values = {key: convert(hints[key], value, f"{where}: {key}") for key, value in mapping.items()}
+    for name, field in fields.items():
+        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if no_default and name not in values:
+            raise ConfigError(f"Key `{name}` is missing in `{where}`. Add it.")
+    return cls(**values)
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """Check a value read from YAML or JSON against a field's type; ints stand in for floats.
+
+    Raises:
+        ConfigError: the value is of another type.
+    """
+    if dataclasses.is_dataclass(hint):
+        return build(cast(type[Any], hint), value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return convert(next(argument for argument in arguments if argument is not type(None)), value, where)
+    if origin is Literal:
+        return value  # the dataclass itself names the choices
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"`{where}` must be a list, but is {value!r} instead.")
+        items = [convert(arguments[0], item, where) for item in cast(list[Any], value)]
+        return tuple(items) if origin is tuple else items
+    if hint is float and isinstance(value, str):
+        try:  # YAML reads 1e-4 as a string
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"`{where}` must be of type {hint.__name__}, but is {value!r} instead.")
+    return value

@@ -1,0 +1,1 @@
+"""Data order: which sample stands at which position. numpy only."""

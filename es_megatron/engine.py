@@ -1,0 +1,365 @@
+"""One training step of Evolved Sampling, written once against what a framework can do.
+
+position -> (component, epoch, row) -> meta-batch -> losses -> scores.evolve -> weights -> choice -> training ->
+optimizer step -> scores.commit. All ranks run the same code on the same numbers; collectives are few and small.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from es_megatron.algorithm.evolution import raise_to_floor
+from es_megatron.algorithm.randomness import Purpose, uniforms
+from es_megatron.algorithm.selection import Race, assign, inclusion_weights, owners, positions_of, race, race_groups
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.data.manifest import Manifest
+from es_megatron.data.mask import KeptMask
+from es_megatron.data.sampler import MetaBatch, Sampler
+from es_megatron.errors import CheckpointError, LossError
+from es_megatron.parallel import Replica
+from es_megatron.plan import Plan, plan_run
+from es_megatron.scores.store import ScoreStore
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+LOGGER = logging.getLogger(__name__)
+
+NAMED_BAD_ROWS = 8
+
+
+class Work(NamedTuple):
+    """What one data-parallel rank trains on in one iteration."""
+
+    positions: Int64
+    """Positions of the meta-batch, int64[micro-batches * micro-batch size]."""
+    weights: Float64 | None
+    """What each of their losses is multiplied by; None for 1."""
+    capture: bool
+    """Whether the training forward has to report the loss of each sequence."""
+
+
+class Trained(NamedTuple):
+    """What a framework gives back after forward and backward."""
+
+    result: Any
+    """What the framework's own call returned."""
+    losses: Float32 | None
+    """float32 like `Work.positions` where this rank computed them, None on other pipeline stages or without capture."""
+
+
+class Framework(Protocol):
+    """What a framework must be able to do with one meta-batch."""
+
+    loss_source: int
+    """Model-parallel rank that computes the losses."""
+
+    def score(self, positions: Int64) -> Float32 | None:
+        """Mean token loss of this rank's sequences, forward only, leaving no trace; None on ranks without losses."""
+        ...
+
+    def train(self, work: Work) -> Trained:
+        """Forward and backward on these sequences, with the framework's own accumulation."""
+        ...
+
+
+class StepRecord(NamedTuple):
+    """What one step did, for logs and metrics."""
+
+    iteration: int
+    evolving: bool
+    scored: int
+    """Sequences that got a scoring forward pass."""
+    chosen: Int64
+    """Ids that got a backward pass, by position."""
+    components: Int64
+    """Component of each of them."""
+    meta_loss: float
+    """Mean loss of the meta-batch where known, else nan."""
+    chosen_loss: float
+    bad: int
+    """Sequences with a non-finite loss."""
+    seconds: dict[str, float]
+    """Wall-clock of `score`, `train`, `exchange` and `order`."""
+
+
+class Choice(NamedTuple):
+    """Chosen positions and what their losses weigh."""
+
+    positions: Int64
+    weights: Float64 | None
+
+
+class EvolvedSampling:
+    """The state of Evolved Sampling in a run, and its step."""
+
+    def __init__(
+        self,
+        config: EvolvedSamplingConfig,
+        manifest: Manifest,
+        replica: Replica,
+        *,
+        meta_batch: int,
+        micro_batch: int,
+        train_samples: int,
+        micro_batch_multiple: int = 1,
+    ) -> None:
+        """Plan the run and start at iteration 0.
+
+        Args:
+            config: settings.
+            manifest: the blend.
+            replica: this rank's place.
+            meta_batch: sequences drawn per iteration, B (Megatron's global batch size).
+            micro_batch: sequences in a training micro-batch of one rank.
+            train_samples: draws of the plain run.
+            micro_batch_multiple: what the micro-batches of a rank must be a multiple of (the pipeline size where stages
+                are interleaved).
+
+        Raises:
+            ConfigError: sizes that do not divide, a run too long.
+        """
+        self.config, self.manifest, self.replica = config, manifest, replica
+        self.meta_batch, self.micro_batch = meta_batch, micro_batch
+        quantum = micro_batch * replica.dp_size * micro_batch_multiple
+        self.plan: Plan = plan_run(config, manifest, meta_batch, quantum, train_samples)
+        self.sampler = Sampler(self.plan.schedule, config.seed)
+        self.store = ScoreStore(manifest, config, replica)
+        self.own: Int64 = positions_of(replica.dp_rank, replica.dp_size, meta_batch, micro_batch)
+        """Positions of the meta-batch that this rank loads."""
+        self.iteration = 0
+        self.last: StepRecord | None = None
+        self._owners = owners(replica.dp_size, meta_batch, micro_batch)
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether the planned run is over."""
+        return self.iteration >= self.plan.schedule.iterations
+
+    def begin(self) -> MetaBatch:
+        """Decide the kept masks that are due, and draw this iteration's meta-batch."""
+        self._seconds = {}
+        with self._timed("order"):
+            for due in self.plan.schedule.due(self.iteration, self.config.mask_lag):
+                if (due.component, due.epoch) not in self.sampler.masks:
+                    self.sampler.masks[due.component, due.epoch] = self.store.prune(due.component, due.epoch)
+                    LOGGER.info(
+                        "iteration %d: epoch %d of `%s` keeps %d of %d samples, first drawn in iteration %d",
+                        self.iteration,
+                        due.epoch,
+                        self.manifest.components[due.component].name,
+                        self.sampler.masks[due.component, due.epoch].count,
+                        self.manifest.sizes[due.component],
+                        due.first_iteration,
+                    )
+            return self.sampler.batch(self.iteration)
+
+    def step(self, batch: MetaBatch, framework: Framework) -> Any:
+        """Score, choose and train; what `batch` changes in the scores is staged until `finish`.
+
+        May be called again for the same iteration (upstream's re-run machinery does): the last call counts.
+
+        Args:
+            batch: `begin`'s meta-batch.
+            framework: does the passes.
+
+        Returns:
+            What the framework's training call returned.
+
+        Raises:
+            LossError: too many losses are not finite.
+        """
+        evolving = self.config.selects and self.plan.schedule.phases.evolving(self.iteration)
+        if not evolving:
+            return self._step_whole(batch, framework)
+        if self.config.scores and self._scores_fresh():
+            return self._step_fresh(batch, framework)
+        return self._step_known(batch, framework)
+
+    def finish(self, succeeded: bool) -> None:
+        """Close the iteration: scores are committed if the optimizer stepped, and forgotten if it skipped."""
+        if succeeded:
+            self.store.commit(self.iteration)
+        else:
+            self.store.discard()
+        self.iteration += 1
+        self.sampler.forget(self.iteration)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and terms of the run, JSON-able; scores and masks are arrays of their own."""
+        return {"iteration": self.iteration, "terms": self._terms()}
+
+    def load_state_dict(self, state: Mapping[str, Any], masks: Mapping[tuple[int, int], KeptMask]) -> None:
+        """Go on where `state_dict` stood; scores are loaded into `store` separately.
+
+        Raises:
+            CheckpointError: unknown or missing keys, or terms that decide the data order and differ.
+        """
+        if set(state) != {"iteration", "terms"}:
+            raise CheckpointError(f"The state must have keys `iteration` and `terms`, but has {sorted(state)} instead.")
+        changed = {key: (state["terms"].get(key), value) for key, value in self._terms().items()}
+        changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+        if changed:
+            told = ", ".join(f"`{key}` was {old!r} and is {new!r}" for key, (old, new) in changed.items())
+            raise CheckpointError(
+                f"The checkpoint belongs to another run: {told}. Restore these settings, or start a new run directory."
+            )
+        self.iteration = int(state["iteration"])
+        self.sampler.masks = dict(masks)
+
+    def _terms(self) -> dict[str, Any]:
+        """Settings that decide which samples come when; changing one would tear the epochs."""
+        schedule = self.plan.schedule
+        return {
+            "meta_batch": self.meta_batch,
+            "train_samples": schedule.train_samples,
+            "iterations": schedule.iterations,
+            **{
+                name: getattr(self.config, name)
+                for name in ("arm", "anneal", "pruning_ratio", "keep_ratio", "mask_lag", "seed")
+            },
+        }
+
+    def _scores_fresh(self) -> bool:
+        if self.config.scorer == "every-k":
+            return self.iteration % self.config.score_every == 0
+        return self.config.scorer == "fresh"
+
+    def _step_whole(self, batch: MetaBatch, framework: Framework) -> Any:
+        """Train on everything; scores, where kept, come from the training forward itself."""
+        work = Work(self.own, None, self.config.scores)
+        result, loss = self._train(framework, work)
+        if self.config.scores:
+            self._learn(batch, np.arange(self.meta_batch), loss)
+        self._record(batch, False, 0, np.arange(self.meta_batch), loss)
+        return result
+
+    def _step_fresh(self, batch: MetaBatch, framework: Framework) -> Any:
+        """The paper's step: score the meta-batch, evolve, choose, train on the chosen."""
+        with self._timed("score"):
+            own = framework.score(self.own)
+        with self._timed("exchange"):
+            found, loss = self.store.exchange(batch.id, self._spread(framework, self.own, own))
+            self._check(batch, loss)
+            used = self.store.usable(batch.component, found)
+            weight = self.store.evolve(self.iteration, batch.id, found, used, loss)
+            choice = self._choose(weight)
+        result, _ = self._train(framework, self._work(choice, capture=False))
+        self._record(batch, True, self.meta_batch, choice.positions, loss)
+        return result
+
+    def _step_known(self, batch: MetaBatch, framework: Framework) -> Any:
+        """Choose by what is known already (history), or by nothing (uniform), and learn from the training forward."""
+        with self._timed("exchange"):
+            weight = np.ones(self.meta_batch, dtype=np.float32)
+            if self.config.scores:
+                found, _ = self.store.exchange(batch.id, np.zeros(self.meta_batch, np.float32))
+                weight = np.maximum(self.store.usable(batch.component, found), np.finfo(np.float32).tiny)
+            choice = self._choose(weight)
+        result, loss = self._train(framework, self._work(choice, capture=self.config.scores))
+        if self.config.scores:
+            self._learn(batch, choice.positions, loss)
+        self._record(batch, True, 0, choice.positions, loss)
+        return result
+
+    def _choose(self, weight: Float32) -> Choice:
+        """Draw b positions; world rank 0's choice counts, since logarithms differ between processor types."""
+        count = self.plan.kept
+        mean = float(weight.sum(dtype=np.float64)) / max(1, np.count_nonzero(weight))
+        weight = raise_to_floor(weight, self.config.weight_floor, mean)
+        if self.config.arm == "shuffled":
+            drawable = np.flatnonzero(weight)
+            drawn = uniforms(self.config.seed, Purpose.SHUFFLE_BATCH, 0, self.iteration, 0, len(weight))
+            weight[drawable] = weight[drawable[np.argsort(drawn[drawable], kind="stable")]]
+        uniform = uniforms(self.config.seed, Purpose.SELECT, 0, self.iteration, 0, len(weight))
+        if self.config.granularity == "microbatch":
+            return Choice(self.replica.tell(race_groups(weight, uniform, count, self.micro_batch)), None)
+        outcome = race(weight, uniform, count)
+        positions = self.replica.tell(outcome.chosen)
+        if not self.config.inclusion_weights:
+            return Choice(positions, None)
+        told = Race(positions, float(self.replica.tell(np.asarray([outcome.runner_up]))[0]))
+        return Choice(positions, inclusion_weights(weight, told, count))
+
+    def _work(self, choice: Choice, *, capture: bool) -> Work:
+        positions = assign(choice.positions, self._owners, self.replica.dp_size)[self.replica.dp_rank]
+        if choice.weights is None:
+            return Work(positions, None, capture)
+        return Work(positions, choice.weights[np.searchsorted(choice.positions, positions)], capture)
+
+    def _train(self, framework: Framework, work: Work) -> tuple[Any, Float32]:
+        """Train, and share the losses if they were captured: nan where nothing is known."""
+        with self._timed("train"):
+            trained = framework.train(work)
+        if not work.capture:
+            return trained.result, np.full(self.meta_batch, np.nan, np.float32)
+        with self._timed("exchange"):
+            known = np.zeros(self.meta_batch, np.float32)
+            known[work.positions] = 1
+            spread = self._spread(framework, work.positions, trained.losses)
+            known, loss = self.replica.sum_over_dp(np.stack([known, spread]))
+            return trained.result, np.where(known > 0, loss, np.float32(np.nan))
+
+    def _learn(self, batch: MetaBatch, positions: Int64, loss: Float32) -> None:
+        """Stage the scores of positions whose losses a training forward told."""
+        with self._timed("exchange"):
+            self._check(batch, loss[positions], positions)
+            ids = batch.id[positions]
+            found, _ = self.store.exchange(ids, np.zeros(len(ids), np.float32))
+            self.store.evolve(self.iteration, ids, found, np.zeros(len(ids), np.float32), loss[positions])
+
+    def _spread(self, framework: Framework, positions: Int64, losses: Float32 | None) -> Float32:
+        """Send this data-parallel rank's losses to its pipeline and tensor peers, and put them at their positions."""
+        own = np.zeros(len(positions), np.float32) if losses is None else losses
+        spread = np.zeros(self.meta_batch, np.float32)
+        spread[positions] = self.replica.broadcast_over_mp(own, framework.loss_source)
+        return spread
+
+    def _check(self, batch: MetaBatch, loss: Float32, positions: Int64 | None = None) -> None:
+        """Log sequences with a non-finite loss, and stop when there are too many."""
+        bad = np.flatnonzero(~np.isfinite(loss))
+        if len(bad) == 0:
+            return
+        at = bad if positions is None else positions[bad]
+        rows = ", ".join(
+            f"{self.manifest.components[batch.component[p]].name}[{batch.row[p]}]" for p in at[:NAMED_BAD_ROWS]
+        )
+        told = f"{len(bad)} of {len(loss)} sequences of iteration {self.iteration} have a non-finite loss: {rows}"
+        if len(bad) > self.config.max_bad_losses * self.meta_batch:
+            raise LossError(
+                f"{told}. That is more than `max_bad_losses` = {self.config.max_bad_losses} of the meta-batch. Look at these "
+                "rows, lower the learning rate, or check the precision; resume from the last checkpoint."
+            )
+        LOGGER.warning("%s; they are left out", told)
+
+    def _record(self, batch: MetaBatch, evolving: bool, scored: int, positions: Int64, loss: Float32) -> None:
+        finite = np.isfinite(loss)
+        chosen = loss[positions]
+        self.last = StepRecord(
+            iteration=self.iteration,
+            evolving=evolving,
+            scored=scored,
+            chosen=batch.id[positions],
+            components=batch.component[positions],
+            meta_loss=float(loss[finite].mean(dtype=np.float64)) if finite.all() else float("nan"),
+            chosen_loss=float(chosen[np.isfinite(chosen)].mean(dtype=np.float64)) if np.isfinite(chosen).any() else float("nan"),
+            bad=int(np.count_nonzero(~finite)) if scored else 0,
+            seconds=dict(self._seconds),
+        )
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin

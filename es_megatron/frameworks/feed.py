@@ -1,0 +1,134 @@
+"""Samples of meta-batches, read ahead by loader workers, and the micro-batches made of them. torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from es_megatron.data.sampler import MetaBatch, Sampler
+from es_megatron.errors import ConfigError
+
+Int64 = npt.NDArray[np.int64]
+Sample = Mapping[str, Tensor]
+
+
+class Rows(Protocol):
+    """A blend's samples by id."""
+
+    def __getitem__(self, sample_id: int) -> Sample:
+        """Read one sample: tensors `[T]` by name."""
+        ...
+
+
+class MetaBatchFeed:
+    """This rank's share of each meta-batch, with rows of other ranks read on demand by their id."""
+
+    def __init__(
+        self, rows: Rows, sampler: Sampler, own: Int64, *, workers: int = 0, prefetch: int = 2, mask_lag: int = 1
+    ) -> None:
+        """Set the loader up; nothing is read before the first `fetch`.
+
+        Args:
+            rows: the blend's samples, picklable for workers.
+            sampler: tells the ids of each iteration; lives in this process only.
+            own: positions of the meta-batch that this rank reads ahead, int64[B/D].
+            workers: loader processes; 0 reads in this process.
+            prefetch: meta-batches a worker reads ahead.
+            mask_lag: iterations by which kept masks are decided ahead.
+
+        Raises:
+            ConfigError: workers would ask for meta-batches whose kept masks are not decided yet.
+        """
+        ahead = workers * prefetch
+        if ahead > mask_lag:
+            raise ConfigError(
+                f"`mask_lag` must be >= {ahead} (loader workers times prefetch), but is {mask_lag} instead. "
+                "Raise it, or use fewer workers."
+            )
+        self._rows, self._sampler, self._own = rows, sampler, own
+        self._workers, self._prefetch = workers, prefetch
+        self._loader: Iterator[Any] | None = None
+        self._next = -1
+        self._held: dict[str, Tensor] = {}
+        self._batch: MetaBatch | None = None
+        self._slot: dict[int, int] = {int(position): slot for slot, position in enumerate(own)}
+
+    def fetch(self, batch: MetaBatch) -> None:
+        """Hold this rank's rows of a meta-batch; going anywhere but forward restarts the loader."""
+        if self._batch is not None and self._batch.iteration == batch.iteration:
+            return
+        if self._loader is None or self._next != batch.iteration:
+            self._loader = self._start(batch.iteration)
+        self._held = cast(dict[str, Tensor], next(self._loader))
+        self._batch, self._next = batch, batch.iteration + 1
+
+    def micro_batches(self, positions: Int64, size: int) -> list[dict[str, Tensor]]:
+        """Pack positions of the held meta-batch into micro-batches.
+
+        Args:
+            positions: int64[k * size]; positions of other ranks are read by id.
+            size: sequences in a micro-batch.
+
+        Returns:
+            k dicts of tensors `[size, T]`.
+        """
+        rows = self._gather(positions)
+        return [
+            {name: tensor[start : start + size] for name, tensor in rows.items()}
+            for start in range(0, len(positions), size)
+        ]
+
+    def _gather(self, positions: Int64) -> dict[str, Tensor]:
+        if self._batch is None:
+            raise RuntimeError("`fetch` must be called before `micro_batches`.")
+        away = [position for position in positions.tolist() if position not in self._slot]
+        if not away and len(positions) == len(self._own) and (positions == self._own).all():
+            return self._held
+        moved = collate([self._rows[int(self._batch.id[position])] for position in away]) if away else {}
+        order = {position: slot for slot, position in enumerate(away)}
+        offset = len(self._own)
+        index = torch.tensor(
+            [self._slot[p] if p in self._slot else offset + order[p] for p in positions.tolist()], dtype=torch.int64
+        )
+        return {
+            name: (torch.cat([held, moved[name]]) if away else held).index_select(0, index)
+            for name, held in self._held.items()
+        }
+
+    def _start(self, iteration: int) -> Iterator[Any]:
+        loader = DataLoader(
+            cast(Any, self._rows),
+            batch_sampler=self._ids_from(iteration),
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch if self._workers else None,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return iter(loader)
+
+    def _ids_from(self, iteration: int) -> Any:
+        return OwnIds(self._sampler, self._own, iteration)
+
+
+class OwnIds:
+    """Batches of sample ids from an iteration to the end of the run; runs in the main process."""
+
+    def __init__(self, sampler: Sampler, own: Int64, iteration: int) -> None:
+        """Remember where to begin."""
+        self._sampler, self._own, self._iteration = sampler, own, iteration
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this rank's ids of each iteration."""
+        for iteration in range(self._iteration, self._sampler.schedule.iterations):
+            yield self._sampler.batch(iteration).id[self._own].tolist()
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Stack samples `[T]` to `[n, T]`, name by name."""
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

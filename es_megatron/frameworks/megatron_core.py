@@ -1,0 +1,362 @@
+"""Evolved Sampling around Megatron-Core's forward-backward schedules.
+
+The schedules themselves are upstream's: this wraps the function that `get_forward_backward_func()` returns. A training
+call becomes a forward-only call over the meta-batch, a choice, and a call with fewer micro-batches. Middle pipeline stages
+hold no data; they get losses and choice by broadcast.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.data.manifest import Manifest
+from es_megatron.engine import EvolvedSampling, Trained, Work
+from es_megatron.errors import ConfigError
+from es_megatron.frameworks.feed import MetaBatchFeed, Rows
+from es_megatron.parallel import Replica
+from es_megatron.plan import check_micro_batches
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+Schedule = Callable[..., Any]
+LossMaskOf = Callable[[Callable[..., Any]], Tensor]
+
+UNSUPPORTED = {
+    "fp8": "FP8 keeps scaling history that the scoring pass would move",
+    "fp4": "FP4 keeps scaling history that the scoring pass would move",
+    "mtp_num_layers": "multi-token prediction adds losses that the score does not see",
+    "enable_cuda_graph": "a captured graph is bound to one micro-batch shape and mode",
+    "cuda_graph_impl": "a captured graph is bound to one micro-batch shape and mode",
+    "overlap_moe_expert_parallel_comm": "the combined forward-backward schedule has no forward-only pass per micro-batch",
+}
+OFF_VALUES = (None, False, 0, "none")
+
+
+def replica_of_parallel_state() -> tuple[Replica, int]:
+    """This rank's place in Megatron-Core's grid, and the model-parallel rank that computes losses. Collective.
+
+    The losses are on the last pipeline stage; its first tensor rank tells them.
+    """
+    tensor, pipeline = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    data = parallel_state.get_data_parallel_world_size()
+    source = (pipeline - 1) * tensor
+    if dist.get_world_size() == 1:
+        return Replica.alone(), source
+    place = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank() * tensor + parallel_state.get_tensor_model_parallel_rank(),
+    )
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, place)
+    ranks = {each: rank for rank, each in enumerate(places)}
+    return Replica.of_grid([[ranks[d, m] for m in range(tensor * pipeline)] for d in range(data)]), source
+
+
+def mask_of_partial(loss_func: Callable[..., Any]) -> Tensor:
+    """The loss mask in Megatron-LM's `functools.partial(loss_func, loss_mask, ...)`.
+
+    Raises:
+        ConfigError: the forward step returns something else.
+    """
+    if isinstance(loss_func, functools.partial) and loss_func.args and isinstance(loss_func.args[0], Tensor):
+        return loss_func.args[0]
+    raise ConfigError(
+        "The forward step must return `(output, functools.partial(loss_func, loss_mask))` as Megatron-LM's does, but its "
+        f"loss function is {loss_func!r} instead. Pass `loss_mask_of`, a function from your loss function to its mask."
+    )
+
+
+def sequence_losses(output: Tensor, mask: Tensor) -> Tensor:
+    """Mean token loss of each sequence under its mask, detached; nan where no token counts.
+
+    Args:
+        output: token losses `[b, T]`.
+        mask: `[b, T]` or of as many elements.
+
+    Returns:
+        float32 `[b]`.
+    """
+    loss_BT = output.detach().float()
+    mask_BT = mask.detach().reshape(loss_BT.shape).float()
+    return torch.where(mask_BT > 0, loss_BT * mask_BT, 0.0).sum(dim=1) / mask_BT.sum(dim=1)
+
+
+class MegatronCoreSampling:
+    """Evolved Sampling attached to a Megatron-Core training loop."""
+
+    def __init__(
+        self, engine: EvolvedSampling, feed: MetaBatchFeed | None, loss_source: int, loss_mask_of: LossMaskOf
+    ) -> None:
+        """Join the parts; `attach` is the usual way.
+
+        Args:
+            engine: the step and its state.
+            feed: samples, None on ranks that read no data.
+            loss_source: model-parallel rank that computes losses.
+            loss_mask_of: finds the loss mask in what the forward step returns.
+        """
+        self.engine, self.feed, self.loss_source, self.loss_mask_of = engine, feed, loss_source, loss_mask_of
+
+    def wrap(self, schedule: Schedule) -> Schedule:
+        """A function for `get_forward_backward_func()`'s place; forward-only calls pass through untouched."""
+
+        @functools.wraps(schedule)
+        def forward_backward(**call: Any) -> Any:
+            if call.get("forward_only", False):
+                return schedule(**call)
+            self._check_call(call)
+            batch = self.engine.begin()
+            if self.feed is not None:
+                self.feed.fetch(batch)
+            return self.engine.step(batch, ScheduleCall(self, schedule, call))
+
+        return forward_backward
+
+    def finish(self, succeeded: bool) -> None:
+        """Tell whether the optimizer stepped; call it after every training iteration."""
+        self.engine.finish(succeeded)
+
+    def _check_call(self, call: dict[str, Any]) -> None:
+        engine = self.engine
+        expected = engine.meta_batch // (engine.micro_batch * engine.replica.dp_size)
+        if call["num_microbatches"] != expected or call["micro_batch_size"] != engine.micro_batch:
+            raise ConfigError(
+                f"The schedule must be called with {expected} micro-batches of {engine.micro_batch}, but is called with "
+                f"{call['num_microbatches']} of {call['micro_batch_size']} instead. Attach with the run's own batch sizes; "
+                "batch-size ramp-up is not supported."
+            )
+
+
+class ScheduleCall:
+    """One training call of the schedule, as the passes that the engine asks for."""
+
+    def __init__(self, sampling: MegatronCoreSampling, schedule: Schedule, call: dict[str, Any]) -> None:
+        """Remember the call's keywords; they are passed on as they came, but for what a pass changes."""
+        self._sampling, self._schedule, self._call = sampling, schedule, call
+        self.loss_source = sampling.loss_source
+        self._chunks: list[torch.nn.Module] = (
+            list(call["model"]) if isinstance(call["model"], list | tuple) else [call["model"]]
+        )
+        self._scored = False
+
+    def score(self, positions: Int64) -> Float32 | None:
+        """Forward-only pass in evaluation mode; see `Framework.score`."""
+        size = self._sampling.engine.config.scoring_micro_batch_size or self._call["micro_batch_size"]
+        forward_step, mask_of = self._call["forward_step_func"], self._sampling.loss_mask_of
+
+        def scoring_step(*args: Any, **kwargs: Any) -> tuple[Any, Callable[..., Any]]:
+            output, loss_func = forward_step(*args, **kwargs)
+            return output, lambda out, non_loss_data=True: sequence_losses(out, mask_of(loss_func))
+
+        with traceless(self._chunks), torch.no_grad():
+            found = self._run(
+                positions,
+                size,
+                forward_step_func=scoring_step,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        self._scored = True
+        return join(found)
+
+    def train(self, work: Work) -> Trained:
+        """Forward and backward on the chosen sequences; see `Framework.train`."""
+        found: list[Tensor] = []
+        step = self._call["forward_step_func"]
+        if work.capture or work.weights is not None:
+            step = self._watching(step, work, found)
+        size = self._call["micro_batch_size"]
+        with parameters_gathered(self._chunks, self._scored):
+            result = self._run(work.positions, size, forward_step_func=step)
+        return Trained(result, join(found) if work.capture else None)
+
+    def _watching(self, forward_step: Callable[..., Any], work: Work, found: list[Tensor]) -> Callable[..., Any]:
+        """Wrap the forward step: note each sequence's loss, and weight it, before the user's own loss function."""
+        mask_of, size, weights = self._sampling.loss_mask_of, self._call["micro_batch_size"], work.weights
+
+        def watching_step(*args: Any, **kwargs: Any) -> tuple[Any, Callable[..., Any]]:
+            output, loss_func = forward_step(*args, **kwargs)
+
+            def watching_loss(out: Tensor, *rest: Any, **named: Any) -> Any:
+                start = len(found) * size
+                found.append(sequence_losses(out, mask_of(loss_func)))
+                if weights is not None:
+                    weight = torch.as_tensor(weights[start : start + size], dtype=out.dtype, device=out.device)
+                    out = out * weight[:, None]
+                return loss_func(out, *rest, **named)
+
+            return output, watching_loss
+
+        return watching_step
+
+    def _run(self, positions: Int64, size: int, **changes: Any) -> Any:
+        """Call upstream's schedule over some positions; keywords pass through but for the ones that change."""
+        call = {**self._call, "num_microbatches": len(positions) // size, "micro_batch_size": size, **changes}
+        call["data_iterator"] = self._iterators(positions, size)
+        return self._schedule(**call)
+
+    def _iterators(self, positions: Int64, size: int) -> Any:
+        feed = self._sampling.feed
+        packed = None if feed is None else feed.micro_batches(positions, size)
+        if not isinstance(self._call["data_iterator"], list) and len(self._chunks) == 1:
+            return None if packed is None else iter(packed)
+        return [None if packed is None else iter(packed) for _ in self._chunks]
+
+
+def join(found: list[Tensor]) -> Float32 | None:
+    """Losses of all micro-batches as one CPU array; None where this stage has none."""
+    return torch.cat(found).float().cpu().numpy() if found else None
+
+
+@contextmanager
+def traceless(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Leave no trace of what runs inside: modes, random states, buffers (MoE counters among them), upstream timers."""
+    modules = [(module, module.training) for chunk in chunks for module in chunk.modules()]
+    buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in chunk.buffers()]
+    configs = [config for chunk in chunks if (config := getattr(chunk, "config", None)) is not None]
+    timers = [(config, config.timers) for config in configs if hasattr(config, "timers")]
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    states, cpu_state = tracker.get_states(), torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    for chunk in chunks:
+        chunk.eval()
+    for config, _ in timers:
+        config.timers = None
+    try:
+        yield
+    finally:
+        for module, training in modules:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for config, before in timers:
+            config.timers = before
+        tracker.set_states(states)
+        torch.set_rng_state(cpu_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)
+
+
+@contextmanager
+def parameters_gathered(chunks: list[torch.nn.Module], gathered: bool) -> Iterator[None]:
+    """Keep an interleaved schedule from gathering parameters again after the scoring pass has done so."""
+    configs = [config for chunk in chunks if (config := getattr(chunk, "config", None)) is not None]
+    before = [(config, getattr(config, "param_sync_func", None)) for config in configs]
+    if gathered:
+        for config in configs:
+            config.param_sync_func = None
+    try:
+        yield
+    finally:
+        for config, function in before:
+            config.param_sync_func = function
+
+
+def check_model(config: Any) -> None:
+    """Refuse model settings whose scoring pass would be wrong.
+
+    Args:
+        config: Megatron-Core's `TransformerConfig`.
+
+    Raises:
+        ConfigError: names the setting and why.
+    """
+    for name, reason in UNSUPPORTED.items():
+        if getattr(config, name, None) not in OFF_VALUES:
+            raise ConfigError(
+                f"`{name}` must be off with Evolved Sampling, but is {getattr(config, name)!r} instead: {reason}. "
+                "Switch it off, or use `arm: plain`."
+            )
+    if config.context_parallel_size > 1:
+        raise ConfigError(
+            f"`context_parallel_size` must be 1 with Evolved Sampling, but is {config.context_parallel_size} instead: losses of "
+            "one sequence would be spread over ranks. Use tensor or pipeline parallelism, or `arm: plain`."
+        )
+
+
+def attach(
+    config: EvolvedSamplingConfig,
+    manifest: Manifest,
+    rows: Rows | None,
+    *,
+    model_config: Any,
+    global_batch_size: int,
+    micro_batch_size: int,
+    train_samples: int,
+    workers: int = 0,
+    prefetch: int = 2,
+    loss_mask_of: LossMaskOf = mask_of_partial,
+) -> MegatronCoreSampling:
+    """Attach Evolved Sampling to a Megatron-Core run; collective, after `parallel_state` is initialised.
+
+    Args:
+        config: settings.
+        manifest: the blend.
+        rows: its samples by id; only read on the first and last pipeline stage.
+        model_config: the model's `TransformerConfig`.
+        global_batch_size: the meta-batch, B.
+        micro_batch_size: sequences in a training micro-batch.
+        train_samples: draws of the plain run.
+        workers: loader processes per rank.
+        prefetch: meta-batches a worker reads ahead.
+        loss_mask_of: finds the loss mask in what the forward step returns.
+
+    Raises:
+        ConfigError, LayoutError: what cannot work, before the first iteration.
+    """
+    if config.arm != "plain":
+        check_model(model_config)
+    replica, source = replica_of_parallel_state()
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    engine = EvolvedSampling(
+        config,
+        manifest,
+        replica,
+        meta_batch=global_batch_size,
+        micro_batch=micro_batch_size,
+        train_samples=train_samples,
+        micro_batch_multiple=pipeline if virtual > 1 else 1,
+    )
+    check_micro_batches(engine.plan, micro_batch_size * replica.dp_size, pipeline, virtual)
+    check_scoring_size(config, len(engine.own), pipeline, virtual)
+    reads = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    feed = None
+    if reads and rows is not None:
+        feed = MetaBatchFeed(
+            rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=config.mask_lag
+        )
+    return MegatronCoreSampling(engine, feed, source, loss_mask_of)
+
+
+def check_scoring_size(config: EvolvedSamplingConfig, own: int, pipeline: int, virtual: int) -> None:
+    """Refuse a scoring micro-batch that does not divide a rank's share or leaves too few for interleaved stages.
+
+    Raises:
+        ConfigError: names the sizes that would do.
+    """
+    size = config.scoring_micro_batch_size
+    if size is None:
+        return
+    multiple = pipeline if virtual > 1 else 1
+    if own % size or (own // size) % multiple:
+        fitting = [s for s in range(1, own + 1) if own % s == 0 and (own // s) % multiple == 0]
+        raise ConfigError(
+            f"`scoring_micro_batch_size` must cut a rank's {own} sequences into a multiple of {multiple} micro-batches, but is "
+            f"{size} instead. Use one of {fitting}."
+        )

@@ -1,0 +1,114 @@
+"""One process and many look the same: the ranks of a run and the few collectives ES needs.
+
+A run is a grid of data-parallel ranks (`dp`, each holds other data) times model-parallel ranks (`mp`: tensor times
+pipeline, which together hold one copy of the model). All collectives run on CPU arrays over gloo groups of their own,
+from the main thread, in program order, so that they cannot cross with the framework's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Where this process stands in the grid, and its collectives."""
+
+    dp_rank: int
+    dp_size: int
+    mp_rank: int
+    """Rank within the ranks that share this data-parallel rank."""
+    mp_size: int
+    world_rank: int
+    world_size: int
+    _groups: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    _members: dict[str, list[int]] = field(default_factory=dict[str, list[int]], repr=False)
+
+    @staticmethod
+    def alone() -> Replica:
+        """A run of one process; needs no process group."""
+        return Replica(0, 1, 0, 1, 0, 1)
+
+    @staticmethod
+    def of_grid(grid: Sequence[Sequence[int]]) -> Replica:
+        """Make the groups of a grid of ranks; collective over the world.
+
+        Args:
+            grid: grid[d][m] is the world rank of data-parallel rank d and model-parallel rank m.
+
+        Returns:
+            This process's place.
+        """
+        if len(grid) * len(grid[0]) == 1:
+            return Replica.alone()
+        me = dist.get_rank()
+        members: dict[str, list[int]] = {"world": sorted(rank for row in grid for rank in row)}
+        groups: dict[str, Any] = {"world": dist.new_group(members["world"], backend="gloo")}
+        place = next((d, m) for d, row in enumerate(grid) for m, rank in enumerate(row) if rank == me)
+        for row in grid:
+            group = dist.new_group(list(row), backend="gloo")
+            if me in row:
+                groups["mp"], members["mp"] = group, list(row)
+        for column in zip(*grid, strict=True):
+            group = dist.new_group(list(column), backend="gloo")
+            if me in column:
+                groups["dp"], members["dp"] = group, list(column)
+        return Replica(place[0], len(grid), place[1], len(grid[0]), me, len(grid) * len(grid[0]), groups, members)
+
+    @staticmethod
+    def data_parallel() -> Replica:
+        """Every process of the default group is a data-parallel rank of its own."""
+        if not dist.is_initialized():
+            return Replica.alone()
+        return Replica.of_grid([[rank] for rank in range(dist.get_world_size())])
+
+    def sum_over_dp(self, array: Array) -> Array:
+        """Element-wise sum over data-parallel ranks, the same on each of them (adding zeros is exact)."""
+        if self.dp_size == 1:
+            return array
+        tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
+        dist.all_reduce(tensor, group=self._groups["dp"])
+        return tensor.numpy()
+
+    def broadcast_over_mp(self, array: Array, source: int) -> Array:
+        """The array of model-parallel rank `source`, on every rank that shares this data-parallel rank."""
+        return self._broadcast(array, "mp", source) if self.mp_size > 1 else array
+
+    def tell(self, array: Array) -> Array:
+        """The array of world rank 0, on every rank; shape and dtype must be the same everywhere."""
+        return self._broadcast(array, "world", 0) if self.world_size > 1 else array
+
+    def tell_object(self, value: Any) -> Any:
+        """The (small, picklable) object of world rank 0, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self._members["world"][0], group=self._groups["world"])
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The (small, picklable) objects of all ranks, by world rank."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self._groups["world"])
+        return box
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier(group=self._groups["world"])
+
+    def _broadcast(self, array: Array, axis: str, source: int) -> Array:
+        tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
+        dist.broadcast(tensor, src=self._members[axis][source], group=self._groups[axis])
+        return tensor.numpy()

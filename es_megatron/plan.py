@@ -1,0 +1,257 @@
+"""What a run will do and cost, before its first iteration: iterations, passes, tokens, predicted saving.
+
+Costs count sequences in forward units: a forward is 1, a backward is 2, so training on a sequence costs 3 and scoring one
+costs 1. A layout with pipeline stages pays its ramps on top, per pass (1F1B: (p-1)/v micro-batches of idle time).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.data.manifest import Manifest
+from es_megatron.data.schedule import Schedule
+from es_megatron.errors import ConfigError, LayoutError
+
+FORWARD_COST = 1.0
+TRAIN_COST = 3.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run and what it passes through the model."""
+
+    config: EvolvedSamplingConfig
+    schedule: Schedule
+    meta_batch: int
+    kept: int
+    """Sequences of an evolving meta-batch that get a backward pass (b)."""
+    plain_iterations: int
+    """Iterations of the plain run over the user's `train_samples`."""
+
+    @property
+    def evolving_iterations(self) -> int:
+        """Iterations that select."""
+        phases = self.schedule.phases
+        return phases.stop - phases.start if self.config.selects else 0
+
+    @property
+    def scored_iterations(self) -> int:
+        """Iterations with a fresh scoring pass."""
+        if not self.config.scores or self.config.scorer == "history":
+            return 0
+        if self.config.scorer == "fresh":
+            return self.evolving_iterations
+        phases, every = self.schedule.phases, self.config.score_every
+        return -(-phases.stop // every) - -(-phases.start // every)
+
+    @property
+    def sequences_scored(self) -> int:
+        """Forward-only sequences of the whole run."""
+        return self.scored_iterations * self.meta_batch
+
+    @property
+    def sequences_trained(self) -> int:
+        """Sequences of the whole run that get forward and backward."""
+        whole = self.schedule.iterations - self.evolving_iterations
+        return whole * self.meta_batch + self.evolving_iterations * self.kept
+
+    @property
+    def cost(self) -> float:
+        """Forward units of the whole run, in sequences."""
+        return FORWARD_COST * self.sequences_scored + TRAIN_COST * self.sequences_trained
+
+    @property
+    def plain_cost(self) -> float:
+        """The same of the plain run."""
+        return TRAIN_COST * self.plain_iterations * self.meta_batch
+
+    @property
+    def passes(self) -> npt.NDArray[np.float64]:
+        """Passes over each component that the run stands for, float64[C]."""
+        return self.schedule.passes()
+
+
+def plan_run(
+    config: EvolvedSamplingConfig, manifest: Manifest, meta_batch: int, quantum: int, train_samples: int
+) -> Plan:
+    """Plan a run; control arms that match a cost are cut to that of the `es` run with the same settings.
+
+    Args:
+        config: settings.
+        manifest: the blend.
+        meta_batch: sequences drawn per iteration (B).
+        quantum: what b must be a multiple of: micro-batch size times data-parallel size, times the pipeline size where
+            stages are interleaved.
+        train_samples: draws of the plain run.
+
+    Raises:
+        ConfigError: sizes that do not divide.
+    """
+    if meta_batch % quantum:
+        raise ConfigError(
+            f"The meta-batch (global batch size) must be a multiple of {quantum} (micro-batch size times data-parallel size, "
+            f"times pipeline size when interleaved), but is {meta_batch} instead. Use {nearest(meta_batch, quantum)}."
+        )
+    if train_samples < 1:
+        raise ConfigError(f"`train_samples` must be >= 1, but is {train_samples} instead.")
+    plain_iterations = -(-train_samples // meta_batch)
+    kept = kept_of(config, meta_batch, quantum) if config.selects and not config.match_cost else meta_batch
+
+    def make(kept: int, samples: int) -> Plan:
+        ratio = config.pruning_ratio if config.prunes else 0.0
+        schedule = Schedule(manifest, meta_batch, samples, anneal=config.anneal, pruning_ratio=ratio)
+        return Plan(config, schedule, meta_batch, kept, plain_iterations)
+
+    if not (config.match_cost or config.arm == "shortened"):
+        return make(kept, train_samples)
+    es = dataclasses.replace(config, arm="es", match_cost=False)
+    budget = plan_run(es, manifest, meta_batch, quantum, train_samples).cost
+    if config.match_cost:
+        sizes = range(quantum, meta_batch + 1, quantum)
+        kept = next((b for b in sizes if make(b, train_samples).cost >= budget), meta_batch)
+    return make(kept, longest_within(budget, train_samples, lambda samples: make(kept, samples).cost))
+
+
+def longest_within(budget: float, samples: int, cost: Callable[[int], float]) -> int:
+    """The most samples, up to `samples`, whose run costs no more than `budget`; at least 1."""
+    low, high = 1, samples
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
+    return low
+
+
+def kept_of(config: EvolvedSamplingConfig, meta_batch: int, quantum: int) -> int:
+    """b = keep_ratio * B, refused unless it is a whole multiple of `quantum`."""
+    exact = config.keep_ratio * meta_batch
+    kept = round(exact)
+    if abs(exact - kept) > 1e-6 or kept % quantum or kept < quantum:
+        near = nearest(exact, quantum)
+        raise ConfigError(
+            f"`keep_ratio` times the meta-batch must be a multiple of {quantum} (micro-batch size times data-parallel size, "
+            f"times pipeline size when interleaved), but is {exact:g} instead. Use `keep_ratio` {near / meta_batch:g} "
+            f"(b = {near}), a smaller micro-batch, or a larger meta-batch."
+        )
+    return kept
+
+
+def nearest(value: float, multiple: int) -> int:
+    """The multiple nearest to a value, at least one."""
+    return max(1, round(value / multiple)) * multiple
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a pass costs on the cluster; times in any one unit."""
+
+    micro_batches: int
+    """Of a rank in a plain iteration (B / (micro-batch size * data-parallel size))."""
+    scoring_micro_batches: int
+    pipeline: int = 1
+    virtual: int = 1
+    forward: float = 1.0
+    """Of one training micro-batch through all stages, divided by the stages."""
+    backward: float = 2.0
+    scoring_forward: float = 1.0
+    """Forward of one scoring micro-batch."""
+
+    def pass_time(self, micro_batches: int, unit: float) -> float:
+        """1F1B: the micro-batches and the two half ramps."""
+        return (micro_batches + (self.pipeline - 1) / self.virtual) * unit
+
+    def whole(self) -> float:
+        """Time of a plain iteration."""
+        return self.pass_time(self.micro_batches, self.forward + self.backward)
+
+    def scoring(self) -> float:
+        """Time of a scoring pass."""
+        return self.pass_time(self.scoring_micro_batches, self.scoring_forward)
+
+    def training(self, share: float) -> float:
+        """Time of a training pass over a share of the meta-batch."""
+        return self.pass_time(round(share * self.micro_batches), self.forward + self.backward)
+
+
+class Prediction(NamedTuple):
+    """Predicted times in the layout's unit."""
+
+    plain: float
+    run: float
+    selecting: float
+    """Saving of an evolving iteration against a plain one, in [.., 1]."""
+
+    @property
+    def saving(self) -> float:
+        """Share of the plain run's time that is saved; negative where the run costs more."""
+        return 1.0 - self.run / self.plain
+
+
+def predict(plan: Plan, layout: Layout) -> Prediction:
+    """Time of the plain run and of this one on a layout."""
+    whole, training = layout.whole(), layout.training(plan.kept / plan.meta_batch)
+    evolving, scored = plan.evolving_iterations, plan.scored_iterations
+    run = (plan.schedule.iterations - evolving) * whole + evolving * training + scored * layout.scoring()
+    step = training + (scored / evolving if evolving else 0.0) * layout.scoring()
+    return Prediction(plan.plain_iterations * whole, run, 1.0 - step / whole if evolving else 0.0)
+
+
+def nominal(layout: Layout) -> Layout:
+    """The same layout with forward : backward = 1 : 2."""
+    per_scoring = layout.micro_batches / layout.scoring_micro_batches
+    return dataclasses.replace(layout, forward=1.0, backward=2.0, scoring_forward=per_scoring)
+
+
+def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -> str:
+    """The plan as lines to print before the first iteration."""
+    config, names = plan.config, [component.name for component in plan.schedule.manifest.components]
+    tokens = 1e-6 * seq_length
+    predicted, limit = predict(plan, layout), predict(plan, nominal(layout))
+    lines = [
+        f"plan: arm {config.arm}, B = {plan.meta_batch}, b = {plan.kept}, scorer {config.scorer if config.scores else 'none'}, "
+        f"r = {config.pruning_ratio if config.prunes else 0:g}, anneal {config.anneal:g}",
+        f"  iterations          {plan.schedule.iterations} (plain: {plan.plain_iterations}), "
+        f"of which {plan.evolving_iterations} select",
+        "  passes              " + ", ".join(f"{name} {count:.2f}" for name, count in zip(names, plan.passes, strict=True)),
+        f"  tokens forwarded    {(plan.sequences_scored + plan.sequences_trained) * tokens:.2f} M",
+        f"  tokens trained      {plan.sequences_trained * tokens:.2f} M (plain: {plan.plain_iterations * plan.meta_batch * tokens:.2f} M)",
+        f"  predicted saving    {limit.saving:.1%} nominal (backward = 2 forward), {limit.selecting:.1%} while selecting",
+    ]
+    if calibrated:
+        lines.append(
+            f"                      {predicted.saving:.1%} calibrated (backward = {layout.backward / layout.forward:.2f} forward "
+            f"on this machine), {predicted.selecting:.1%} while selecting"
+        )
+    if plan.evolving_iterations and min(predicted.saving, limit.saving) <= 0:
+        lines.append(
+            "  WARNING: this run costs more than the plain one: scoring costs more than the skipped backward passes save. "
+            "Lower `keep_ratio`, use more micro-batches per rank, or the `history` scorer."
+        )
+    return "\n".join(lines)
+
+
+def check_micro_batches(plan: Plan, per_micro_batch: int, pipeline: int, virtual: int) -> None:
+    """Refuse a choice that leaves too few micro-batches for interleaved stages.
+
+    Args:
+        plan: the run.
+        per_micro_batch: sequences of one micro-batch over all data-parallel ranks.
+        pipeline: stages.
+        virtual: model chunks per stage.
+
+    Raises:
+        LayoutError: fewer than `pipeline` micro-batches, or not a multiple of it.
+    """
+    for what, sequences in (("meta-batch", plan.meta_batch), ("chosen part", plan.kept)):
+        count = sequences // per_micro_batch
+        if virtual > 1 and (count < pipeline or count % pipeline):
+            raise LayoutError(
+                f"The {what} must be a multiple of {pipeline} micro-batches with interleaved pipeline stages, but has {count} "
+                "instead. Use a smaller micro-batch, a larger `keep_ratio`, or no virtual stages."
+            )

@@ -1,0 +1,263 @@
+"""The sharded score store: 5 bytes a sample, each sample on one data-parallel rank.
+
+A rank holds the scores of one contiguous range of ids, and its tensor- and pipeline-parallel peers hold equal copies.
+`evolve` stages what a meta-batch changes and `commit` writes it, so a step that is skipped, or run twice, leaves no trace.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from es_megatron.algorithm.evolution import MAX_VISITS, evolve, raise_to_floor, usable_scores
+from es_megatron.algorithm.ownership import owned_range
+from es_megatron.algorithm.pruning import kept_count
+from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
+from es_megatron.algorithm.selection import race_keys
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.data.manifest import Manifest
+from es_megatron.data.mask import KeptMask
+from es_megatron.data.permutation import permutation
+from es_megatron.errors import CheckpointError
+from es_megatron.parallel import Replica
+from es_megatron.scores.threshold import SAMPLES_PER_RANK, mark_kept
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+UInt8 = npt.NDArray[np.uint8]
+
+BLOCK = 1 << 16
+SUM_UNIT = 1 << 20
+"""Scores are summed as integers of this many parts of a nat, so that the order of ranks cannot matter."""
+
+
+class Lookup(NamedTuple):
+    """Scores of a meta-batch before its update; arrays of length B."""
+
+    score: Float32
+    visits: UInt8
+
+
+class Staged(NamedTuple):
+    """An update that waits for its optimizer step."""
+
+    iteration: int
+    ids: Int64
+    score: Float32
+
+
+class ScoreStore:
+    """Scores and visits of this rank's range, and the collectives that make the ranges one store."""
+
+    def __init__(self, manifest: Manifest, config: EvolvedSamplingConfig, replica: Replica) -> None:
+        """Allocate this rank's range; untouched pages cost nothing until their first visit.
+
+        Args:
+            manifest: the blend.
+            config: beta1, beta2, correction, floor, seed.
+            replica: this rank's place.
+        """
+        self.manifest, self.config, self.replica = manifest, config, replica
+        self.low, self.high = owned_range(manifest.total, replica.dp_rank, replica.dp_size)
+        self.score: Float32 = np.zeros(self.high - self.low, dtype=np.float32)
+        self.visits: UInt8 = np.zeros(self.high - self.low, dtype=np.uint8)
+        self.start = 1.0 / manifest.total
+        self._sums: Int64 = np.zeros((len(manifest.components), 2), dtype=np.int64)
+        self._staged: Staged | None = None
+
+    def lookup_local(self, ids: Int64) -> Lookup:
+        """Stored scores of the ids this rank owns, 0 for the others: summed over ranks that is the whole lookup."""
+        mine = (ids >= self.low) & (ids < self.high)
+        slot = ids[mine] - self.low
+        score, visits = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.uint8)
+        score[mine], visits[mine] = self.score[slot], self.visits[slot]
+        return Lookup(score, visits)
+
+    def exchange(self, ids: Int64, loss: Float32) -> tuple[Lookup, Float32]:
+        """Share losses and look scores up, in one collective over the data-parallel ranks.
+
+        Args:
+            ids: int64[B], the meta-batch.
+            loss: float32[B], this rank's losses at its own positions, 0 elsewhere.
+
+        Returns:
+            Scores before the update and all losses, the same on every rank.
+        """
+        local = self.lookup_local(ids)
+        packed = np.stack([local.score, local.visits.astype(np.float32), loss])
+        score, visits, losses = self.replica.sum_over_dp(packed)
+        return Lookup(score, visits.astype(np.uint8)), losses
+
+    def usable(self, component: Int64, found: Lookup) -> Float32:
+        """Scores as they are used for choosing, float32[B]; unseen ones count as `usable_scores` says."""
+        unseen = self.component_means()[component] if self.config.correction == "debiased" else 0.0
+        return self._usable(found.score, found.visits, unseen)
+
+    def evolve(self, iteration: int, ids: Int64, found: Lookup, used: Float32, loss: Float32) -> Float32:
+        """Stage new scores of a meta-batch and return its sampling weights (eq. 2.5).
+
+        A sample that stands twice evolves once, at its lowest position. Staging again replaces what was staged.
+
+        Args:
+            iteration: the iteration this belongs to.
+            ids: int64[B].
+            found: `exchange`'s lookup.
+            used: `usable`'s scores.
+            loss: float32[B]; a non-finite one changes nothing.
+
+        Returns:
+            float32[B], 0 where the loss is not finite.
+        """
+        old = np.where(found.visits == 0, np.float32(self.start), found.score)
+        evolved = evolve(loss, old, used, self.config.beta1, self.config.decay)
+        finite = np.flatnonzero(np.isfinite(loss))
+        unique, first = np.unique(ids[finite], return_index=True)
+        self._staged = Staged(iteration, unique, evolved.score_B[finite[first]])
+        return evolved.weight_B
+
+    def commit(self, iteration: int) -> None:
+        """Write what was staged for this iteration, once its optimizer step has succeeded."""
+        staged, self._staged = self._staged, None
+        if staged is None or staged.iteration != iteration:
+            return
+        mine = (staged.ids >= self.low) & (staged.ids < self.high)
+        slot = staged.ids[mine] - self.low
+        component, _ = self.manifest.locate(staged.ids[mine])
+        self._count(component, slot, -1)
+        self.score[slot] = staged.score[mine]
+        self.visits[slot] = np.minimum(self.visits[slot], MAX_VISITS - 1) + 1
+        self._count(component, slot, +1)
+
+    def discard(self) -> None:
+        """Forget what was staged: the step was skipped."""
+        self._staged = None
+
+    def component_means(self) -> Float32:
+        """Mean used score of the seen samples of each component, float32[C]; 1/n where none is seen."""
+        total = self.replica.sum_over_dp(self._sums)
+        mean = total[:, 0] / (np.maximum(total[:, 1], 1) * SUM_UNIT)
+        return np.where(total[:, 1] > 0, mean, self.start).astype(np.float32)
+
+    def prune(self, component: int, epoch: int) -> KeptMask:
+        """Keep m_c of a component's samples, drawn without replacement by their scores (Algorithm 1).
+
+        The same mask whatever the number of ranks: keys depend on the seed, component, epoch and row alone, and the
+        smallest m_c of all ranks are found exactly.
+        """
+        samples = int(self.manifest.sizes[component])
+        count = kept_count(samples, self.config.pruning_ratio)
+        low, high = self._range(component)
+        unseen, mean = self._prune_scale(component)
+        kept = mark_kept(
+            lambda: self._keys(component, epoch, unseen, mean),
+            high - low,
+            samples,
+            count,
+            self._sample_keys(component, epoch, unseen, mean),
+            self.replica,
+        )
+        mask = self._gather(kept, low, samples)
+        return self._shuffled(mask, component, epoch) if self.config.arm == "shuffled" else mask
+
+    def checksum(self) -> int:
+        """CRC-32 of this rank's scores and visits; copies across tensor and pipeline ranks agree."""
+        return zlib.crc32(self.visits.data, zlib.crc32(self.score.data))
+
+    def load(self, score: Float32, visits: UInt8) -> None:
+        """Take over this rank's range from a checkpoint.
+
+        Raises:
+            CheckpointError: the arrays are not of this rank's range.
+        """
+        if len(score) != len(self.score) or len(visits) != len(self.visits):
+            raise CheckpointError(
+                f"The scores must cover {len(self.score)} samples of rank {self.replica.dp_rank}, but cover {len(score)} "
+                "instead. Load them for this run's data and data-parallel size."
+            )
+        self.score, self.visits = np.array(score, dtype=np.float32), np.array(visits, dtype=np.uint8)
+        self._staged = None
+        self._sums[:] = 0
+        for component in range(len(self._sums)):
+            for row_score, row_visits, _ in self._blocks(component):
+                self._sums[component] += self._sum(row_score, row_visits)
+
+    def _sum(self, score: Float32, visits: UInt8) -> Int64:
+        """Used scores of the seen samples in integer units, and how many they are: int64[2]."""
+        seen = visits > 0
+        units = np.rint(self._usable(score[seen], visits[seen], 0.0).astype(np.float64) * SUM_UNIT)
+        return np.asarray([units.sum(), np.count_nonzero(seen)], dtype=np.int64)
+
+    def _count(self, component: Int64, slot: Int64, sign: int) -> None:
+        """Take samples into the sums of their components (+1), or out of them (-1)."""
+        for each in np.unique(component):
+            at = slot[component == each]
+            self._sums[each] += sign * self._sum(self.score[at], self.visits[at])
+
+    def _usable(self, score: Float32, visits: UInt8, unseen: float | Float32) -> Float32:
+        return usable_scores(score, visits, self.config.decay, self.start, self.config.correction, unseen)
+
+    def _range(self, component: int) -> tuple[int, int]:
+        """Rows of a component that this rank owns, half-open."""
+        begin, end = int(self.manifest.offsets[component]), int(self.manifest.offsets[component + 1])
+        low, high = max(self.low, begin) - begin, min(self.high, end) - begin
+        return (low, high) if low < high else (0, 0)
+
+    def _blocks(self, component: int) -> Iterator[tuple[Float32, UInt8, int]]:
+        """Scores, visits and first row of this rank's part of a component, block by block."""
+        low, high = self._range(component)
+        shift = int(self.manifest.offsets[component]) - self.low
+        for row in range(low, high, BLOCK):
+            part = slice(row + shift, min(row + BLOCK, high) + shift)
+            yield self.score[part], self.visits[part], row
+
+    def _prune_scale(self, component: int) -> tuple[float, float]:
+        """What an unseen sample counts as, and the mean that the floor refers to."""
+        if self.config.correction == "paper" and self.config.weight_floor == 0:
+            return 0.0, 0.0
+        mean = float(self.component_means()[component])
+        return mean, mean
+
+    def _key(self, score: Float32, visits: UInt8, uniform: Float64, unseen: float, mean: float) -> Float64:
+        if self.config.arm == "uniform-prune":
+            return race_keys(np.ones(len(uniform), np.float32), uniform)
+        weight = np.maximum(self._usable(score, visits, unseen), np.finfo(np.float32).tiny)
+        return race_keys(raise_to_floor(weight, self.config.weight_floor, mean), uniform)
+
+    def _keys(self, component: int, epoch: int, unseen: float, mean: float) -> Iterator[Float64]:
+        name = component_key(self.manifest.components[component].name)
+        for score, visits, row in self._blocks(component):
+            uniform = uniforms(self.config.seed, Purpose.PRUNE, name, epoch, row, len(score))
+            yield self._key(score, visits, uniform, unseen, mean)
+
+    def _sample_keys(self, component: int, epoch: int, unseen: float, mean: float) -> Float64:
+        """Keys of the same evenly spread rows on every rank; they only narrow the search."""
+        samples = int(self.manifest.sizes[component])
+        rows = np.unique(np.linspace(0, samples - 1, min(samples, SAMPLES_PER_RANK)).astype(np.int64))
+        found = self.lookup_local(self.manifest.sample_ids(component, rows))
+        packed = self.replica.sum_over_dp(np.stack([found.score, found.visits.astype(np.float32)]))
+        uniform = uniforms(self.config.seed, Purpose.PRUNE, component + 1, epoch, samples, len(rows))
+        return self._key(packed[0], packed[1].astype(np.uint8), uniform, unseen, mean)
+
+    def _gather(self, kept: npt.NDArray[np.bool_], low: int, samples: int) -> KeptMask:
+        """Join the parts of all data-parallel ranks; model-parallel rank 0's word counts."""
+        packed = np.zeros(-(-samples // 8), dtype=np.uint8)
+        lead = low % 8
+        bits = np.packbits(np.concatenate([np.zeros(lead, np.bool_), kept]), bitorder="little")
+        packed[low // 8 : low // 8 + len(bits)] = bits
+        packed = self.replica.sum_over_dp(packed)
+        return KeptMask(self.replica.broadcast_over_mp(packed, 0), samples)
+
+    def _shuffled(self, mask: KeptMask, component: int, epoch: int) -> KeptMask:
+        """The placebo: the same mask for other rows, as if scores had been permuted within the component."""
+        name = component_key(self.manifest.components[component].name)
+        order = permutation(mask.samples, self.config.seed, name, epoch, Purpose.SHUFFLE_MASK)
+        kept = np.empty(mask.samples, dtype=np.bool_)
+        for row in range(0, mask.samples, BLOCK):
+            rows = np.arange(row, min(row + BLOCK, mask.samples), dtype=np.int64)
+            kept[rows] = mask.contains(order(rows))
+        return KeptMask.from_bool(kept)

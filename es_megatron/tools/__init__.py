@@ -1,0 +1,1 @@
+"""Commands: what a user runs, and what they need."""

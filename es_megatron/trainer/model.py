@@ -1,0 +1,315 @@
+"""The GPT of the reference trainer: process groups, model chunks and the forward step.
+
+Shape suffixes: B sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - the name everybody gives it
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt import gpt_layer_specs as layer_specs
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from es_megatron.errors import ConfigError, DataError
+from es_megatron.frameworks import cpu
+from es_megatron.trainer.initial_weights import leave_uninitialized, set_initial_weights
+from es_megatron.trainer.settings import PretrainSettings, check_layout
+
+Batch = Mapping[str, torch.Tensor]
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def initialize(settings: PretrainSettings) -> None:
+    """Join the run: torch.distributed, Megatron's process groups and the seeds of every generator.
+
+    Uses the process group there is, else that of torchrun's environment, else one of this process alone.
+
+    Raises:
+        LayoutError: the world cannot hold the layout; raised on every rank, before any group is made.
+    """
+    cpu.install()
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(settings, world_size)
+    if not dist.is_initialized():
+        _join_process_group()
+    parallel = settings.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        create_gloo_process_groups=False,
+    )
+    # Stages differ, so that their dropout does; data-parallel ranks do not, as in Megatron-LM.
+    seed = settings.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002 - libraries that draw from the global state must be seeded there
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def shutdown() -> None:
+    """Leave the run: forget Megatron's groups, and end torch.distributed."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_grid() -> list[list[int]]:
+    """World ranks of the run, [data-parallel rank][rank within the model: stages, then tensor ranks]; collective."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    place = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank() * tensor + parallel_state.get_tensor_model_parallel_rank(),
+    )
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, place)
+    grid = [[0] * (parallel_state.get_pipeline_model_parallel_world_size() * tensor) for _ in range(data_parallel_size())]
+    for rank, (data_rank, model_rank) in enumerate(places):
+        grid[data_rank][model_rank] = rank
+    return grid
+
+
+def data_parallel_size() -> int:
+    """Copies of the model in this run."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def padded_vocab_size(settings: PretrainSettings, vocab_size: int) -> int:
+    """Rows of the embedding: the vocabulary padded to what tensor-parallel ranks can share."""
+    multiple = int(np.lcm(settings.model.vocab_multiple, settings.parallel.tensor))
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(settings: PretrainSettings, vocab_size: int) -> list[DistributedDataParallel]:
+    """Build this rank's model chunks, with initial weights that do not depend on the layout.
+
+    Args:
+        settings: of the run; `initialize` has been called with them.
+        vocab_size: tokens of the tokenizer.
+
+    Returns:
+        One chunk, or one for each virtual pipeline stage of the rank. They share a config that is ready for
+        Megatron-Core's schedules.
+
+    Raises:
+        ConfigError: the settings need Transformer Engine, which is not installed.
+    """
+    config = transformer_config(settings)
+    chunks: list[DistributedDataParallel] = []
+    virtual = settings.parallel.virtual_pipeline
+    for index in range(settings.parallel.chunks):
+        model: torch.nn.Module = _build_chunk(settings, config, vocab_size, None if virtual is None else index)
+        set_initial_weights(model, settings.model)
+        model.cuda(torch.cuda.current_device())
+        if settings.training.precision == "bf16":
+            model = Float16Module(config, model)
+        # Only the first chunk's gradients come last in the backward pass, where smaller buckets overlap better.
+        chunks.append(DistributedDataParallel(config, _ddp_config(settings), model, disable_bucketing=index > 0))
+    for chunk in chunks:
+        chunk.broadcast_params()
+    _connect_schedules(config, chunks, settings)
+    return chunks
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    """Take the wrappers off a model chunk."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module  # pyright: ignore[reportAssignmentType]
+    return chunk
+
+
+def reads_data(chunk: torch.nn.Module) -> bool:
+    """Whether a chunk takes a batch itself: the first and the last stage do, those between only hidden states."""
+    model = unwrap(chunk)
+    return bool(model.pre_process or model.post_process)
+
+
+def forward_step(data_iterator: Iterator[Batch] | None, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+    """Run one micro-batch forward, in the shape Megatron's schedules ask for.
+
+    Args:
+        data_iterator: gives batches of `tokens_BT, labels_BT, position_ids_BT` (int64) and `loss_mask_BT` (float32);
+            not read, and may be None, on stages that do not read data.
+        model: a chunk of `build_model`.
+
+    Returns:
+        The stage's output (on the last stage the losses of tokens, [B, T]), and the function that makes the loss of it,
+        a `functools.partial` whose first argument is `loss_mask_BT` (None on stages that do not read data).
+
+    Raises:
+        DataError: the stage reads data, and there is no iterator.
+    """
+    if not reads_data(model):
+        return model(input_ids=None, position_ids=None, attention_mask=None), functools.partial(loss_of, None)
+    if data_iterator is None:
+        raise DataError("The first and the last pipeline stage need a data iterator, but got None instead. Pass one there.")
+    device = "cpu" if cpu.installed() else torch.cuda.current_device()
+    batch = {key: value.to(device, non_blocking=True) for key, value in next(data_iterator).items()}
+    output = model(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        attention_mask=None,  # the model makes the causal one
+        labels=batch["labels"],
+    )
+    return output, functools.partial(loss_of, batch["loss_mask"])
+
+
+def loss_of(loss_mask_BT: torch.Tensor | None, losses_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # noqa: N803
+    """Mean loss over the unmasked tokens of a micro-batch (0 where all are masked), to train on and to report."""
+    if loss_mask_BT is None:
+        raise DataError("Only the last pipeline stage, which reads data, has a loss to average.")
+    mask_N = loss_mask_BT.reshape(-1).float()  # noqa: N806
+    loss = torch.sum(losses_BT.reshape(-1).float() * mask_N) / mask_N.sum().clamp(min=1)
+    return loss, {"lm loss": loss.detach().clone()}  # a copy: the schedule divides the loss in place
+
+
+@contextlib.contextmanager
+def settled_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Have every rank's weights up to date inside the block; collective. Evaluate and save only there.
+
+    With `overlap_param_gather` the optimizer leaves each rank with its own shard updated, and the rest is gathered only
+    by the next forward pass after the gradient buffers were zeroed.
+    """
+    overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather and chunk.use_forward_hook]
+    for chunk in overlapping:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in overlapping:
+            chunk.enable_forward_pre_hook()
+
+
+def transformer_config(settings: PretrainSettings) -> TransformerConfig:
+    """Say the settings in Megatron-Core's words."""
+    model, parallel = settings.model, settings.parallel
+    dtype = torch.bfloat16 if settings.training.precision == "bf16" else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        ffn_hidden_size=model.ffn_size,
+        normalization=model.normalization,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=model.bias,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        init_method=leave_uninitialized,
+        output_layer_init_method=leave_uninitialized,
+        embedding_init_method=leave_uninitialized,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=settings.training.precision == "bf16",
+        recompute_granularity="full" if model.recompute == "full" else None,
+        recompute_method="uniform" if model.recompute == "full" else None,
+        recompute_num_layers=1 if model.recompute == "full" else None,
+        **_platform_settings(interleaved=parallel.virtual_pipeline is not None),
+    )
+
+
+def _platform_settings(*, interleaved: bool) -> dict[str, Any]:
+    """Give the switches of TransformerConfig that depend on the machine."""
+    if not cpu.installed():
+        return {
+            "deallocate_pipeline_outputs": True,
+            "batch_p2p_comm": not interleaved,
+            "overlap_p2p_comm": interleaved,
+            "masked_softmax_fusion": False,
+        }
+    return {
+        # On gloo, batched messages of the interleaved schedule between two ranks get mixed up, and with outputs
+        # deallocated a message still under way may carry other data.
+        "deallocate_pipeline_outputs": False,
+        "batch_p2p_comm": False,
+        "overlap_p2p_comm": False,
+        # kernels that exist only for CUDA, or only gain there
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+    }
+
+
+def _join_process_group() -> None:
+    backend = "gloo" if cpu.installed() else "nccl"
+    if not cpu.installed():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _build_chunk(settings: PretrainSettings, config: TransformerConfig, vocab_size: int, stage: int | None) -> GPTModel:
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
+    model = settings.model
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(settings),
+        vocab_size=padded_vocab_size(settings, vocab_size),
+        max_sequence_length=model.seq_length,
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope" if model.position_embedding == "rope" else "learned_absolute",
+        vp_stage=stage,
+    )
+
+
+def _layer_spec(settings: PretrainSettings) -> ModuleSpec:
+    """Choose Transformer Engine's layers on CUDA where it is installed, else Megatron-Core's own."""
+    if layer_specs.HAVE_TE and not cpu.installed():
+        return layer_specs.get_gpt_layer_with_transformer_engine_spec()
+    if settings.parallel.sequence_parallel:
+        raise ConfigError(
+            "`sequence_parallel` must be off without Transformer Engine and CUDA: Megatron-Core's own norms cannot split "
+            "the sequence. Turn it off, or install transformer-engine."
+        )
+    return layer_specs.get_gpt_layer_local_spec(normalization=settings.model.normalization)
+
+
+def _ddp_config(settings: PretrainSettings) -> DistributedDataParallelConfig:
+    parallel = settings.parallel
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size,
+    )
+
+
+def _connect_schedules(
+    config: TransformerConfig, chunks: Sequence[DistributedDataParallel], settings: PretrainSettings
+) -> None:
+    """Tell the schedules how gradients are finished, and when they must not be reduced yet."""
+    config.finalize_model_grads_func = finalize_model_grads
+    if settings.parallel.overlap_grad_reduce:
+        functions = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = functions[0] if len(functions) == 1 else functions

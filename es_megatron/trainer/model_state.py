@@ -1,0 +1,233 @@
+"""Model, optimizer, schedule and random states of a run, through Megatron-Core's distributed checkpoints.
+
+Such a checkpoint can be loaded under another data-, tensor- or pipeline-parallel size. Random states belong to a layout, and
+are restored if tensor- and pipeline-parallel sizes are those of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from es_megatron.errors import CheckpointError
+from es_megatron.trainer.model import settled_weights, unwrap
+
+logger = logging.getLogger(__name__)
+
+SPACE_MARGIN = 1.02
+"""Bytes a checkpoint takes on disk over those of its tensors: file headers and metadata."""
+
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",  # the format that another data-parallel size can load
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save_model(
+    directory: str | Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: ChainedOptimizer,
+    scheduler: OptimizerParamScheduler,
+    iteration: int,
+) -> None:
+    """Write a checkpoint; collective. Nothing is synced to disk or renamed here: that is the caller's.
+
+    Args:
+        directory: of this checkpoint alone; made if it does not exist, and best empty.
+        chunks: of `build_model`.
+        optimizer: of `build_optimizer`.
+        scheduler: of `build_scheduler`.
+        iteration: finished iterations.
+
+    Raises:
+        CheckpointError: not enough space, seen on every rank before anything is written, or a write failed.
+    """
+    directory = Path(directory)
+    with settled_weights(chunks):
+        state = _sharded_state(chunks, optimizer, is_loading=False)
+        state["scheduler"] = scheduler.state_dict()
+        state["iteration"] = iteration
+        state["rng"] = ShardedObject("rng", random_state(), *_rng_place())
+        _make_room(directory, _stored_bytes(state))
+        with _failures_named(f"Checkpoint `{directory}` could not be written", "Check the space and rights there."):
+            with _writing_without_manager():
+                dist_checkpointing.save(state, str(directory), content_metadata={**METADATA, "layout": _layout()})
+
+
+def load_model(
+    directory: str | Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: ChainedOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> int:
+    """Load a checkpoint of `save_model`, in place; collective.
+
+    Args:
+        directory: of the checkpoint.
+        chunks: of `build_model`, for the same model under any layout.
+        optimizer: of `build_optimizer`.
+        scheduler: of `build_scheduler`; takes the checkpoint's schedule and position.
+
+    Returns:
+        Iterations that were finished.
+
+    Raises:
+        CheckpointError: no such checkpoint, a damaged one, or one of another model.
+    """
+    directory = Path(directory)
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        raise CheckpointError(f"`{directory}` holds no complete model checkpoint. Check the path, or use an older one.")
+    with _failures_named(f"Checkpoint `{directory}` could not be loaded", "Use an older one, or the settings it is of."):
+        saved = dist_checkpointing.load_content_metadata(str(directory)) or {}
+        state = _sharded_state(chunks, optimizer, is_loading=True)
+        same_layout = saved.get("layout") == _layout()
+        if same_layout:
+            state["rng"] = ShardedObject("rng", None, *_rng_place())
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory))  # pyright: ignore[reportAssignmentType]
+        for key, chunk in _named(chunks).items():
+            unwrap(chunk).load_state_dict(loaded[key], strict=True)
+        optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.num_steps = 0  # loading adds the checkpoint's steps
+        scheduler.load_state_dict(loaded["scheduler"])
+    if same_layout:
+        restore_random_state(loaded["rng"])
+    else:
+        logger.info("Random states start anew: the checkpoint has layout %s, the run %s.", saved.get("layout"), _layout())
+    return int(loaded["iteration"])
+
+
+def random_state() -> dict[str, Any]:
+    """Give the states of every generator a step may draw from, in types that torch loads without pickle."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - what libraries draw from
+    return {
+        "python": random.getstate(),
+        "numpy": (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": {name: state.clone() for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put every generator back to a state of `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+
+
+def _named(chunks: Sequence[DistributedDataParallel]) -> dict[str, DistributedDataParallel]:
+    """Chunks under the keys that Megatron's optimizers look for."""
+    if len(chunks) == 1:
+        return {"model": chunks[0]}
+    return {f"model{index}": chunk for index, chunk in enumerate(chunks)}
+
+
+def _sharded_state(
+    chunks: Sequence[DistributedDataParallel], optimizer: ChainedOptimizer, *, is_loading: bool
+) -> dict[str, Any]:
+    """Describe which part of which tensor this rank holds. The optimizer's keys are those of the weights."""
+    state: dict[str, Any] = {
+        key: unwrap(chunk).sharded_state_dict(metadata=dict(METADATA)) for key, chunk in _named(chunks).items()
+    }
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(METADATA))
+    return state
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
+
+
+def _rng_place() -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Global shape, own offset and replica of random states: one for each stage and tensor rank."""
+    layout = _layout()
+    offset = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
+    return (layout["pipeline"], layout["tensor"]), offset, parallel_state.get_data_parallel_rank()
+
+
+def _stored_bytes(state: object) -> int:
+    """Count the bytes this rank writes: of tensors whose first replica it holds."""
+    if isinstance(state, dict):
+        return sum(_stored_bytes(value) for value in state.values())  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if isinstance(state, list | tuple):
+        return sum(_stored_bytes(value) for value in state)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    data, replica = getattr(state, "data", None), getattr(state, "replica_id", None)
+    if not isinstance(data, torch.Tensor) or replica is None:
+        return 0
+    first = not any(replica) if isinstance(replica, tuple) else replica == 0  # pyright: ignore[reportUnknownArgumentType]
+    return data.numel() * data.element_size() if first else 0
+
+
+def _make_room(directory: Path, own_bytes: int) -> None:
+    """Make the folder, and have every rank refuse if any of them sees a problem.
+
+    Rank 0 writes parts alone, and while it failed there the others would wait for it.
+    """
+    sizes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, own_bytes)
+    needed = int(sum(sizes) * SPACE_MARGIN)
+    problem = None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory).free
+        if free < needed:
+            problem = f"needs {needed:,} bytes, but {free:,} are free"
+    except OSError as error:
+        problem = f"cannot be made: {error.strerror}"
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise CheckpointError(
+                f"Checkpoint `{directory}` {found} (rank {rank}). Free some space, keep fewer checkpoints, or change "
+                "`run.directory`."
+            )
+
+
+@contextmanager
+def _failures_named(what: str, cure: str) -> Iterator[None]:
+    """Turn whatever upstream raises into an error that names the checkpoint."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what}: {type(error).__name__}: {error}. {cure}") from error
+
+
+@contextmanager
+def _writing_without_manager() -> Iterator[None]:
+    """Let Megatron's writer use a queue of this process.
+
+    Its default is a queue of a multiprocessing manager, started by spawn: that takes seconds on every rank, and hangs a
+    main script without a `__main__` guard. Only its asynchronous saving, which is not used here, needs one.
+    """
+    before = filesystem_async._results_queue  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+    filesystem_async._results_queue = queue.Queue()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]

@@ -1,0 +1,426 @@
+"""Everything a pretraining run is told, read from YAML and checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from es_megatron.config import EvolvedSamplingConfig, build, require, require_choice
+from es_megatron.errors import ConfigError, LayoutError
+
+Normalization = Literal["LayerNorm", "RMSNorm"]
+PositionEmbedding = Literal["rope", "learned"]
+Recompute = Literal["none", "full"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A GPT; the vocabulary comes from the tokenizer of the blend."""
+
+    num_layers: int = 4
+    """Transformer layers, >= 1."""
+
+    hidden_size: int = 128
+    """Width of the residual stream, a multiple of `num_attention_heads`."""
+
+    num_attention_heads: int = 4
+    """Attention heads of a layer, >= 1."""
+
+    num_query_groups: int | None = None
+    """Heads of keys and values, shared by groups of query heads; None: one for each head."""
+
+    ffn_hidden_size: int | None = None
+    """Width of the feed-forward layer; None: 4 x hidden, or 8/3 x hidden rounded up to a multiple of 64 with `swiglu`."""
+
+    seq_length: int = 128
+    """Tokens in a sample."""
+
+    normalization: Normalization = "RMSNorm"
+    """`LayerNorm` or `RMSNorm`."""
+
+    position_embedding: PositionEmbedding = "rope"
+    """`rope` (rotary) or `learned`."""
+
+    swiglu: bool = True
+    """Gated SiLU in the feed-forward layer; otherwise GELU."""
+
+    bias: bool = False
+    """Bias terms in the linear layers."""
+
+    tie_embeddings: bool = True
+    """Use the embedding as the output layer's weight."""
+
+    dropout: float = 0.0
+    """Dropout of attention and hidden states, in [0, 1). Scoring never drops."""
+
+    init_std: float = 0.02
+    """Standard deviation of the initial weights, > 0; those that write to the residual stream get it / sqrt(2 layers)."""
+
+    init_seed: int = 1234
+    """Seed of the initial weights, >= 0. They do not depend on the parallel layout."""
+
+    vocab_multiple: int = 128
+    """The vocabulary is padded to a multiple of this and of the tensor-parallel size, >= 1. Padded tokens take part in
+    the softmax, so runs to be compared need the same padding: any tensor-parallel size that divides this gives it."""
+
+    recompute: Recompute = "none"
+    """`none`, or `full`: keep only the input of each layer and compute it again in the backward pass."""
+
+    def __post_init__(self) -> None:
+        """Check every field and their combinations."""
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_multiple"):
+            require_positive(name, getattr(self, name))
+        for name in ("num_query_groups", "ffn_hidden_size"):
+            require_positive(name, getattr(self, name), optional=True)
+        require_choice("normalization", self.normalization, Normalization)
+        require_choice("position_embedding", self.position_embedding, PositionEmbedding)
+        require_choice("recompute", self.recompute, Recompute)
+        require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        require(self.init_std > 0, "init_std", "> 0", self.init_std)
+        require(self.init_seed >= 0, "init_seed", ">= 0", self.init_seed)
+        heads = self.num_attention_heads
+        require(self.hidden_size % heads == 0, "hidden_size", f"a multiple of {heads} heads", self.hidden_size)
+        even = self.position_embedding != "rope" or self.hidden_size // heads % 2 == 0
+        require(even, "hidden_size", f"an even multiple of {heads} heads with `rope`", self.hidden_size)
+        require(heads % self.query_groups == 0, "num_query_groups", f"a divisor of {heads} heads", self.query_groups)
+
+    @property
+    def query_groups(self) -> int:
+        """Heads of keys and values, filled in."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the feed-forward layer, filled in."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.swiglu else 4 * self.hidden_size
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the model is split over ranks; what is left of the world is data-parallel."""
+
+    tensor: int = 1
+    """Ranks that share each layer, >= 1."""
+
+    pipeline: int = 1
+    """Ranks that share the layers among them, >= 1."""
+
+    virtual_pipeline: int | None = None
+    """Model chunks of each pipeline rank, >= 2, for the interleaved schedule; None: one, without interleaving."""
+
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over data-parallel ranks."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients during the backward pass."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights during the next forward pass; needs the two above."""
+
+    bucket_size: int | None = None
+    """Parameters reduced at a time when overlapping, >= 1; None: Megatron-Core's choice (40 million or more)."""
+
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence over tensor-parallel ranks; needs Transformer Engine."""
+
+    def __post_init__(self) -> None:
+        """Check every field and their combinations."""
+        require_positive("tensor", self.tensor)
+        require_positive("pipeline", self.pipeline)
+        require_positive("bucket_size", self.bucket_size, optional=True)
+        if self.virtual_pipeline is not None:
+            require(self.virtual_pipeline >= 2, "virtual_pipeline", ">= 2 or null", self.virtual_pipeline)
+            if self.pipeline == 1:
+                raise ConfigError(
+                    "`pipeline` must be above 1 with `virtual_pipeline`, but is 1 instead. "
+                    "Set `virtual_pipeline` to null or `pipeline` to 2 or more."
+                )
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise ConfigError(
+                "`overlap_param_gather` must be off without `distributed_optimizer` and `overlap_grad_reduce`: there is no "
+                "gather to overlap. Turn them on too."
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ConfigError("`sequence_parallel` must be off with `tensor: 1`: there is nothing to split. Turn it off.")
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks on each rank."""
+        return self.virtual_pipeline or 1
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel size in a world that `check_layout` accepts."""
+        return world_size // (self.tensor * self.pipeline)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where samples come from."""
+
+    blend: Path
+    """The blend file `es-megatron prepare` wrote; relative to the working directory."""
+
+    num_workers: int = 0
+    """Loader processes of each rank that reads data, >= 0; 0 reads in the training process."""
+
+    prefetch: int = 2
+    """Meta-batches loaded ahead, >= 1; at most the `mask_lag` of Evolved Sampling."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require(self.num_workers >= 0, "num_workers", ">= 0", self.num_workers)
+        require_positive("prefetch", self.prefetch)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Length, batch, optimizer and schedule."""
+
+    passes: float | None = None
+    """How often the whole blend's number of samples is drawn, > 0. Give this or `train_samples`."""
+
+    train_samples: int | None = None
+    """Samples a plain run would draw, >= 1. Give this or `passes`."""
+
+    global_batch_size: int = 32
+    """Samples in a meta-batch (B): what Megatron calls the global batch. The optimizer sees the chosen ones."""
+
+    micro_batch_size: int = 4
+    """Samples in one forward and backward pass of a rank, >= 1."""
+
+    lr: float = 1e-3
+    """Highest learning rate, > 0."""
+
+    min_lr: float = 1e-4
+    """Learning rate at the end of the cosine, in [0, lr]."""
+
+    warmup: float = 0.05
+    """Share of the schedule with a linear warm-up, in [0, 1)."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices, >= 0; norms and biases have none."""
+
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment, in [0, 1)."""
+
+    adam_beta2: float = 0.95
+    """Decay of Adam's second moment, in [0, 1)."""
+
+    adam_eps: float = 1e-8
+    """Adam's epsilon, > 0."""
+
+    clip_grad: float = 1.0
+    """Norm that gradients are clipped to, >= 0; 0 does not clip."""
+
+    precision: Precision = "fp32"
+    """`fp32` or `bf16` (with fp32 master weights and gradients)."""
+
+    seed: int = 1234
+    """Seed of dropout and of the libraries' generators, >= 0. Data order has the seed of Evolved Sampling."""
+
+    eval_interval: int = 100
+    """Iterations between evaluations, >= 0; 0 evaluates at the end only."""
+
+    eval_samples: int = 64
+    """Validation samples of each domain in one evaluation, >= 0; 0 never evaluates."""
+
+    log_interval: int = 10
+    """Iterations between log lines, >= 1."""
+
+    def __post_init__(self) -> None:
+        """Check every field and their combinations."""
+        if (self.passes is None) == (self.train_samples is None):
+            given = "neither is" if self.passes is None else "both are"
+            raise ConfigError(f"Exactly one of `passes` and `train_samples` must be given, but {given}. Give one.")
+        require(self.passes is None or self.passes > 0, "passes", "> 0", self.passes)
+        require_positive("train_samples", self.train_samples, optional=True)
+        for name in ("global_batch_size", "micro_batch_size", "log_interval"):
+            require_positive(name, getattr(self, name))
+        require(self.lr > 0, "lr", "> 0", self.lr)
+        require(0 <= self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr)
+        for name in ("warmup", "adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        require(self.adam_eps > 0, "adam_eps", "> 0", self.adam_eps)
+        for name in ("weight_decay", "clip_grad", "seed", "eval_interval", "eval_samples"):
+            require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+        require_choice("precision", self.precision, Precision)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run writes, and where."""
+
+    directory: Path = Path("runs/pretrain")
+    """Folder of logs, checkpoints and summaries."""
+
+    save_interval: int = 0
+    """Iterations between checkpoints, >= 0; 0 saves at the end only."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, >= 1; older ones are removed once a newer one is complete."""
+
+    resume: bool = True
+    """Go on from the newest complete checkpoint in `directory`, if there is one."""
+
+    tensorboard: bool = False
+    """Write TensorBoard scalars."""
+
+    audit: bool = False
+    """Write the chosen sample ids of every iteration."""
+
+    progress: bool = True
+    """Show a progress bar on rank 0."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require(self.save_interval >= 0, "save_interval", ">= 0", self.save_interval)
+        require_positive("keep_checkpoints", self.keep_checkpoints)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """A whole run."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """The GPT."""
+
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    """Its layout over ranks."""
+
+    data: DataSettings
+    """Where samples come from."""
+
+    training: TrainingSettings
+    """Length, batch, optimizer and schedule."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    """What is written, and where."""
+
+    evolved_sampling: EvolvedSamplingConfig = field(default_factory=EvolvedSamplingConfig)
+    """What gets a backward pass."""
+
+    def __post_init__(self) -> None:
+        """Check combinations of sections."""
+        model, parallel = self.model, self.parallel
+        for name, size in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("num_query_groups", model.query_groups),
+            ("ffn_hidden_size", model.ffn_size),
+        ):
+            divides = size % parallel.tensor == 0
+            require(divides, name, f"a multiple of the tensor-parallel size {parallel.tensor}", size)
+        pieces = parallel.pipeline * parallel.chunks
+        rule = f"a multiple of pipeline size x chunks per rank = {pieces}"
+        require(model.num_layers % pieces == 0, "num_layers", rule, model.num_layers)
+        lag = self.evolved_sampling.mask_lag
+        rule = f"at most the `mask_lag` {lag} of `evolved_sampling`"
+        require(self.data.prefetch <= lag, "prefetch", rule, self.data.prefetch)
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSettings:
+    """Read a run's settings.
+
+    Args:
+        path: a YAML file with the sections of `PretrainSettings`.
+        overrides: settings of the command line, each `section.key=value` with a YAML value; they win.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (names it, the file and the nearest one), a value out of range.
+    """
+    try:
+        mapping: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Settings `{path}` cannot be read: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Settings `{path}` must be YAML, but are not: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"Settings `{path}` must be a mapping of sections, but are {mapping!r} instead.")
+    settings = cast(dict[str, Any], mapping)
+    for override in overrides:
+        apply_override(settings, override)
+    return build(PretrainSettings, settings, f"{path}" + (" and the command line" if overrides else ""))
+
+
+def apply_override(mapping: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in a nested mapping, in place.
+
+    Raises:
+        ConfigError: no `=`, no key, a value that is not YAML, or a way through something that is no section.
+    """
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"`{override}` must be of the form section.key=value. For example: training.lr=0.001")
+    for depth, part in enumerate(parts[:-1], 1):
+        if mapping.get(part) is None:
+            mapping[part] = {}
+        if not isinstance(mapping[part], dict):
+            raise ConfigError(f"`{override}` sets something inside `{'.'.join(parts[:depth])}`, which is no section.")
+        mapping = mapping[part]
+    try:
+        mapping[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value of `{override}` must be YAML, but is not: {error}") from error
+
+
+def check_layout(settings: PretrainSettings, world_size: int) -> None:
+    """Refuse a world that cannot hold the layout, or a meta-batch it cannot split.
+
+    Args:
+        settings: of the run.
+        world_size: processes of the run.
+
+    Raises:
+        LayoutError: names the sizes and a cure.
+    """
+    parallel, training = settings.parallel, settings.training
+    ranks = parallel.tensor * parallel.pipeline
+    if world_size % ranks != 0:
+        raise LayoutError(
+            f"The number of processes must be a multiple of tensor x pipeline = {parallel.tensor} x {parallel.pipeline} = "
+            f"{ranks}, but is {world_size} instead. Start {-(-world_size // ranks) * ranks} processes or split the model less."
+        )
+    dp_size = parallel.data_parallel(world_size)
+    step = training.micro_batch_size * dp_size
+    if training.global_batch_size % step != 0:
+        raise LayoutError(
+            f"`global_batch_size` must be a multiple of micro-batch size x data-parallel size = {training.micro_batch_size} x "
+            f"{dp_size} = {step}, but is {training.global_batch_size} instead. "
+            f"Use {max(step, round(training.global_batch_size / step) * step)}, or a smaller `micro_batch_size`."
+        )
+    check_micro_batches(parallel, training.global_batch_size // step, "the meta-batch")
+
+
+def check_micro_batches(parallel: ParallelSettings, count: int, what: str) -> None:
+    """Refuse a number of micro-batches that the interleaved schedule cannot run.
+
+    Args:
+        parallel: layout of the run.
+        count: micro-batches of each data-parallel rank in one pass.
+        what: names the pass in the error, such as "the chosen sequences".
+
+    Raises:
+        LayoutError: names the numbers and a cure.
+    """
+    stages = parallel.pipeline
+    if count < 1 or (parallel.virtual_pipeline is not None and count % stages != 0):
+        raise LayoutError(
+            f"The number of micro-batches of {what} must be a multiple of the {stages} pipeline stages with "
+            f"`virtual_pipeline`, but is {count} instead. Use a smaller micro-batch, a larger `global_batch_size` or "
+            "`keep_ratio`, or set `virtual_pipeline` to null."
+            if count >= 1
+            else f"The number of micro-batches of {what} must be at least 1, but is {count} instead. "
+            "Use a smaller micro-batch or a larger `global_batch_size` or `keep_ratio`."
+        )
+
+
+def require_positive(name: str, value: int | None, *, optional: bool = False) -> None:
+    """Raise the usual `ConfigError` unless a count is at least 1, or None where that is allowed."""
+    require((value is None and optional) or (value is not None and value >= 1), name, ">= 1", value)
