@@ -62,8 +62,12 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a small file so that a crash leaves either the old or the new content."""
     partial = sibling(path, PARTIAL)
     remove_file(partial)
-    write_file(partial, [content])
-    os.rename(partial, path)
+    try:
+        write_file(partial, [content])
+        os.rename(partial, path)
+    except OSError:
+        remove_file(partial)
+        raise
     sync_folder(path.parent)
 
 

@@ -129,7 +129,7 @@ def save_es_state(
     def undo() -> None:
         disk.remove_tree(partial)
 
-    with agreed(replica, f"prepare {partial}"):
+    with agreed(replica, f"prepare {partial}", undo):
         check_range(scores, replica)
         if replica.world_rank == 0:
             disk.restore(final)

@@ -69,7 +69,7 @@ class CheckpointDirectory:
     def begin(self, iteration: int) -> Path:
         """Make the folder to write the checkpoint of an iteration to, and clear what interrupted saves left over."""
         partial = disk.sibling(self.path(iteration), disk.PARTIAL)
-        with agreed(self._replica, f"prepare {partial}"):
+        with agreed(self._replica, f"prepare {partial}", lambda: disk.remove_tree(partial)):
             if self._replica.world_rank == 0:
                 disk.make_folder(self.root)
                 self._recover()

@@ -60,7 +60,9 @@ class Epochs:
     def start(self, component: Int64 | int, epoch: Int64 | int) -> Int64:
         """Draw number at which an epoch of a component begins."""
         early = np.minimum(epoch, self.first_pruned[component])
-        middle = np.clip(epoch, self.first_pruned[component], self.after_pruned[component]) - self.first_pruned[component]
+        middle = (
+            np.clip(epoch, self.first_pruned[component], self.after_pruned[component]) - self.first_pruned[component]
+        )
         late = np.maximum(epoch - self.after_pruned[component], 0)
         return (early + late) * self.full[component] + middle * self.kept[component]
 
@@ -77,7 +79,7 @@ class Epochs:
         return Place(np.where(late, after, np.where(pruned, first, 0)) + turn, index, pruned)
 
     def stood_for(self, draws: Int64) -> Float64:
-        """Draws of the plain run that the first `draws[c]` draws of each component stand for: n_c / m_c per pruned one."""
+        """Draws of the plain run that the first `draws[c]` of each component stand for: n_c / m_c per pruned one."""
         place = self.place(np.arange(len(draws)), draws)
         return place.epoch * self.full + place.index * (self.full / np.where(place.pruned, self.kept, self.full))
 

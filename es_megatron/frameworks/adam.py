@@ -1,7 +1,7 @@
 """An Adam with one step count per parameter group, for where neither Transformer Engine nor Apex is installed.
 
-torch's AdamW counts steps per parameter. Megatron-Core's distributed optimizer cannot load that from a checkpoint, since it
-keeps what is not a tensor of a parameter's size per group, as the fused Adams of Apex and Transformer Engine do.
+torch's AdamW counts steps per parameter. Megatron-Core's distributed optimizer cannot load that from a checkpoint,
+since it keeps what is not a tensor of a parameter's size per group, as the Adams of Apex and Transformer Engine do.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.optim.adam import adam
 class GroupAdam(torch.optim.Optimizer):
     """Adam (arXiv 1412.6980), or AdamW (arXiv 1711.05101), with `step` kept in each parameter group.
 
-    Takes what Megatron-Core gives Apex's FusedAdam. The arithmetic is torch's own fused kernel, so that the update equals
-    `torch.optim.AdamW(..., fused=True)` bit for bit.
+    Takes what Megatron-Core gives Apex's FusedAdam. The arithmetic is torch's own fused kernel, so that the update
+    equals `torch.optim.AdamW(..., fused=True)` bit for bit.
     """
 
     def __init__(

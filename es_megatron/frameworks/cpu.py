@@ -5,8 +5,8 @@ in their place: device arguments that mean CUDA mean the CPU, streams do nothing
 best called before megatron is imported (which then takes 1 s less), and works after. Where CUDA is available nothing is
 changed at all.
 
-Functions are replaced one by one rather than through a `TorchFunctionMode`: a mode costs microseconds on every torch call
-of the forward pass, which would distort a measured ratio of forward to backward, and does not reach other threads.
+Functions are replaced one by one rather than through a `TorchFunctionMode`: a mode costs microseconds on every torch
+call of the forward pass, which would distort a measured ratio of forward to backward, and does not reach other threads.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 
 FACTORIES = (
-    "tensor as_tensor empty zeros ones full arange linspace eye rand randn randint randperm empty_strided "
-    "empty_like zeros_like ones_like full_like rand_like randn_like"
-).split()
+    *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint"),
+    *("randperm", "empty_strided", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+)
 """Functions of torch that take a device; those megatron-core and the checkpoint code call, and their siblings."""
 
-NOTHING_TO_DO = "set_device synchronize _lazy_init set_stream".split()
+NOTHING_TO_DO = ("set_device", "synchronize", "_lazy_init", "set_stream")
 """Functions of torch.cuda that have no meaning on a CPU."""
 
 RNG_LOGGER = "megatron.core.tensor_parallel.random"  # the module, and the name of its logger
@@ -184,7 +184,7 @@ def _replace_streams() -> None:
     stream = Stream()
 
     @contextlib.contextmanager
-    def nothing_around(*_: object, **__: object) -> Iterator[None]:
+    def nothing_around(*_: object, **__: object) -> Generator[None, None, None]:
         yield
 
     _replace(torch.cuda, "Stream", Stream)

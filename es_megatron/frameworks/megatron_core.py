@@ -226,7 +226,8 @@ def join(found: list[Tensor]) -> Float32 | None:
 def traceless(chunks: list[torch.nn.Module]) -> Iterator[None]:
     """Leave no trace of what runs inside: modes, random states, buffers (MoE counters among them), upstream timers."""
     modules = [(module, module.training) for chunk in chunks for module in chunk.modules()]
-    buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in chunk.buffers()]
+    # by the class: Megatron's data-parallel wrapper has an attribute `buffers` of its own
+    buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in torch.nn.Module.buffers(chunk)]
     configs = [config for chunk in chunks if (config := getattr(chunk, "config", None)) is not None]
     timers = [(config, config.timers) for config in configs if hasattr(config, "timers")]
     tracker = tensor_parallel.get_cuda_rng_tracker()

@@ -14,6 +14,7 @@ Shapes: T sequence length, S sequences and D documents of a file.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ _DTYPES: dict[int, type[np.integer[Any]]] = {
     8: np.uint16,
 }
 _REBUILD = "prepare or copy the component again (`es-megatron prepare`)"
+_BLOCK = 1 << 20  # sequences checked at once: an index may hold 10^9
 _PROBES = 16
 _PROBE_BYTES = 4096
 
@@ -128,11 +130,10 @@ def _check_contents(file: TokenFile) -> None:
     lengths_S = np.memmap(file.idx_path, np.int32, "r", offset=_HEADER.size, shape=(file.sequences,))
     starts_S = file.sequence_starts()
     end = 0
-    block = 1 << 20  # bounded memory: an index may hold 10^9 sequences
-    for low in range(0, file.sequences, block):
-        bytes_b = lengths_S[low : low + block].astype(np.int64) * file.dtype.itemsize
+    for low in range(0, file.sequences, _BLOCK):
+        bytes_b = lengths_S[low : low + _BLOCK].astype(np.int64) * file.dtype.itemsize
         ends_b = end + np.cumsum(bytes_b)
-        if bytes_b.min() < 0 or not np.array_equal(starts_S[low : low + block], ends_b - bytes_b):
+        if bytes_b.min() < 0 or not np.array_equal(starts_S[low : low + _BLOCK], ends_b - bytes_b):
             raise DataError(f"`{file.idx_path}` is damaged: its sequences do not follow each other. Cure: {_REBUILD}.")
         end = int(ends_b[-1])
     size = file.bin_path.stat().st_size
@@ -172,7 +173,7 @@ class OneEpochDataset(Dataset[Sample]):
     """One epoch of a component: row r holds tokens r*T .. r*T + T of its file, in file order.
 
     Every token but the first is a label once and every token but the last an input once; fewer than T tokens at the end
-    of the file belong to no row. Picklable: workers map the file again.
+    of the file belong to no row. Picklable: workers open the file again.
     """
 
     def __init__(self, name: str, file: TokenFile, seq_length: int, vocab_size: int | None = None) -> None:
@@ -200,11 +201,17 @@ class OneEpochDataset(Dataset[Sample]):
         self.file = file
         self.seq_length = seq_length
         self.vocab_size = vocab_size
-        self._tokens: NDArray[Any] | None = None
+        self._descriptor: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the mapped file out: a pickled memory map is a copy of the whole file."""
-        return {**self.__dict__, "_tokens": None}
+        """Leave the open file out."""
+        return {**self.__dict__, "_descriptor": None}
+
+    def __del__(self) -> None:
+        """Close the file."""
+        descriptor = self.__dict__.get("_descriptor")  # absent if the constructor has refused
+        if descriptor is not None:
+            os.close(descriptor)
 
     def __len__(self) -> int:
         """Return the number of rows: floor((tokens - 1) / T)."""
@@ -215,14 +222,11 @@ class OneEpochDataset(Dataset[Sample]):
 
         Raises:
             IndexError: `row` is not in [0, len).
-            DataError: A token is not in the vocabulary.
+            DataError: A token is not in the vocabulary, or the file can no longer be read.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"`row` must be in [0, {len(self)}) for component `{self.name}`, but is {row} instead.")
-        if self._tokens is None:
-            self._tokens = np.memmap(self.file.bin_path, self.file.dtype, "r", shape=(self.file.tokens,))
-        start = row * self.seq_length
-        tokens = self._tokens[start : start + self.seq_length + 1].astype(np.int64)
+        tokens = self._read(row * self.seq_length, self.seq_length + 1)
         if self.vocab_size is not None and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             raise DataError(
                 f"Token ids of component `{self.name}` must be in [0, {self.vocab_size}), but row {row} has "
@@ -230,6 +234,25 @@ class OneEpochDataset(Dataset[Sample]):
                 f"Correct the tokenizer of the blend file, or {_REBUILD}."
             )
         return tokens
+
+    def _read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Read tokens of the file.
+
+        Not a memory map: page faults read neighbours that nobody asked for, and one past the end of a file that was cut
+        meanwhile kills the process. `pread` has no position, so forked processes may share the descriptor.
+        """
+        size = self.file.dtype.itemsize
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.file.bin_path, os.O_RDONLY)
+            content = os.pread(self._descriptor, count * size, start * size)
+        except OSError as error:
+            raise DataError(
+                f"`{self.file.bin_path}` cannot be read ({error}): check the disk and the mount."
+            ) from error
+        if len(content) < count * size:
+            raise DataError(f"`{self.file.bin_path}` has become shorter since it was opened: {_REBUILD}.")
+        return np.frombuffer(content, self.file.dtype).astype(np.int64)
 
     def __getitem__(self, row: int) -> Sample:
         """Return `tokens` and `labels` (int64 [T]), `loss_mask` (float32 [T], ones), `position_ids` (int64 [T])."""

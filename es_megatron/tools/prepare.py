@@ -9,10 +9,8 @@ import argparse
 import errno
 import itertools
 import json
-import os
 import platform
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -31,6 +29,7 @@ from es_megatron.errors import ConfigError, DataError
 from es_megatron.tools import corpus as corpora
 from es_megatron.tools.corpus import Corpus, Survey
 from es_megatron.tools.demo_corpus import SOURCES, write_demo_corpora
+from es_megatron.tools.output_folder import appearing_folder, check_output
 from es_megatron.tools.tokenizer import SMALLEST, load_tokenizer, read_tokenizer, tokenize, train_tokenizer
 
 MEGABYTE = 10**6
@@ -60,7 +59,7 @@ class PrepareSettings:
     """A sentencepiece model; None: train one."""
 
     vocab_size: int | None = None
-    """Ids of a trained tokenizer, at least 300; None: 8192."""
+    """Ids of a trained tokenizer, at least 260; None: 8192."""
 
     tokenizer_megabytes: float = 10.0
     """Text a tokenizer is trained on at most, above 0."""
@@ -169,9 +168,9 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
     """
     start = time.monotonic()
     output = settings.output
-    _check_output(settings)
+    check_output(output, overwrite=settings.overwrite)
     try:
-        with _appearing(output, replace=settings.overwrite) as folder:
+        with appearing_folder(output, replace=settings.overwrite) as folder:
             report = _prepare_into(folder, settings)
             report["seconds"] = round(time.monotonic() - start, 2)
             _write_json(folder / "prepare.json", report)
@@ -354,51 +353,6 @@ def _write_blend(path: Path, components: Sequence[dict[str, Any]], vocab_size: i
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_output(settings: PrepareSettings) -> None:
-    output = settings.output
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not settings.overwrite:
-        raise ConfigError(
-            f"`--output` must be a new folder, but `{output}` exists: choose another, or use `--overwrite`."
-        )
-    if not (output / "prepare.json").is_file():
-        raise ConfigError(
-            f"`--overwrite` replaces only what this command made, but `{output}` has no prepare.json: choose another "
-            "`--output`, or remove it yourself."
-        )
-
-
-@contextmanager
-def _appearing(output: Path, *, replace: bool) -> Generator[Path]:
-    """A hidden folder beside `output` that takes its place when the block ends well, and vanishes otherwise."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        for path in [*folder.iterdir(), folder]:
-            _fsync(path)
-        if replace and output.exists():
-            old = folder.with_name(folder.name + ".old")
-            output.rename(old)
-            folder.rename(output)
-            shutil.rmtree(old)
-        else:
-            folder.rename(output)
-        _fsync(output.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _bar(title: str, total: int | None, settings: PrepareSettings) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import re
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,8 +18,11 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from es_megatron.errors import ConfigError, DataError
 
-SMALLEST = 300
-"""Byte pieces (256), unknown, end of document, and room for some characters."""
+SMALLEST = 260
+"""Byte pieces (256), unknown, end of document, and two characters."""
+
+SPACE_SIGN = "\u2581"
+"""What sentencepiece writes for a space: in a text of its own it would come back as a space."""
 
 _SENTENCE = 2_000  # characters; the trainer's time grows faster than the length of its sentences
 _BATCH = 1 << 20  # characters sent to a worker at once
@@ -30,8 +34,8 @@ Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a BPE model: the same texts in the same order give the same model.
 
-    Bytes stand in for unseen characters, and text is not normalised, so that decoding gives the text back (but U+2581,
-    which is sentencepiece's own sign for a space). Id 0 is unknown, id 1 the end of a document.
+    Bytes stand in for unseen characters, and text is not normalised, so that decoding gives the text back. Id 0 is
+    unknown, id 1 the end of a document.
 
     Args:
         texts: The sample.
@@ -41,9 +45,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         ConfigError: `vocab_size` is too small for the characters, or too large for the amount, of text.
     """
     model = io.BytesIO()
+    failures: list[Exception] = []
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=(sentence for text in texts for sentence in _sentences(text)),
+            sentence_iterator=_guarded(texts, failures),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -62,6 +67,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise _training_error(str(error), vocab_size) from error
     return model.getvalue()
 
@@ -75,14 +82,24 @@ def _training_error(message: str, vocab_size: int) -> ConfigError:
             f"`--vocab-size` must be at most {limit} for this much text, but is {vocab_size} instead: lower "
             "it, or add text."
         )
-    if "required_chars" in last or "smaller" in last:
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", last):
         return ConfigError(
-            f"`--vocab-size` {vocab_size} cannot hold the characters of this text ({last}): raise it (2000 fits "
-            "most text)."
+            f"`--vocab-size` must be at least {needed[1]} for the characters of this text, but is {vocab_size} "
+            "instead: raise it."
         )
     return ConfigError(
         f"No tokenizer can be trained with `--vocab-size` {vocab_size}: {last}. Change the size or the text."
     )
+
+
+def _guarded(texts: Iterable[str], failures: list[Exception]) -> Iterator[str]:
+    """Sentences of all texts; keeps what goes wrong in `texts`, which sentencepiece would tell in its own words."""
+    try:
+        for text in texts:
+            yield from _sentences(text)
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 def _sentences(text: str) -> Iterator[str]:
@@ -103,8 +120,9 @@ def load_tokenizer(model: bytes, where: str) -> SentencePieceProcessor:
         ConfigError: It has no id for the end of a document.
     """
     try:
-        tokenizer = SentencePieceProcessor(model_proto=model)
-        end = tokenizer.eos_id()
+        tokenizer = SentencePieceProcessor()
+        tokenizer.LoadFromSerializedProto(model)
+        end = int(tokenizer.eos_id())
     except RuntimeError as error:
         raise DataError(f"`{where}` must be a sentencepiece model, but is not: give another `--tokenizer`.") from error
     if end < 0:
@@ -132,9 +150,24 @@ class _Encoder:
     def __init__(self, model: bytes) -> None:
         self.tokenizer = SentencePieceProcessor(model_proto=model)
         self.end = self.tokenizer.eos_id()
+        self.space_sign = self._space_sign_ids()
+
+    def _space_sign_ids(self) -> list[int]:
+        """Ids of the bytes of U+2581, if the tokenizer gives it back from them; none otherwise."""
+        ids = [int(self.tokenizer.piece_to_id(f"<0x{byte:02X}>")) for byte in SPACE_SIGN.encode()]
+        around = [self.tokenizer.encode(text, out_type=int) for text in "ab"]
+        return ids if self.tokenizer.decode([*around[0], *ids, *around[1]]) == f"a{SPACE_SIGN}b" else []
+
+    def _encode(self, text: str) -> list[int]:
+        if not self.space_sign or SPACE_SIGN not in text:
+            return self.tokenizer.encode(text, out_type=int)
+        ids: list[int] = []
+        for part in text.split(SPACE_SIGN):
+            ids += [*self.tokenizer.encode(part, out_type=int), *self.space_sign]
+        return ids[: -len(self.space_sign)]
 
     def encode(self, texts: Batch) -> Tokens:
-        ids = [self.tokenizer.encode(text, out_type=int) for text in texts]
+        ids = [self._encode(text) for text in texts]
         lengths = np.asarray([len(document) + 1 for document in ids], np.int64)
         tokens = np.empty(int(lengths.sum()), np.int32)
         start = 0

@@ -1,6 +1,7 @@
 """Initial weights that depend on the seed and a weight's name alone, never on the parallel layout.
 
-Each rank draws the whole matrix from a generator of its own name, with layers counted over all stages, and keeps its part.
+Each rank draws the whole matrix from a generator of its own name, with layers counted over all stages, and keeps its
+part.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def whole_shape(weight: torch.Tensor) -> tuple[int, ...]:
 
 
 def own_part(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Take this tensor-parallel rank's part: of each of `partition_stride` blocks (gate and up of SwiGLU) an equal share."""
+    """Take this tensor-parallel rank's part: an equal share of each of `partition_stride` blocks (SwiGLU: gate, up)."""
     if not is_split(weight):
         return whole
     axis, stride = partition_axis(weight), int(getattr(weight, "partition_stride", 1))

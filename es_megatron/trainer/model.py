@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def initialize(settings: PretrainSettings) -> None:
     # Stages differ, so that their dropout does; data-parallel ranks do not, as in Megatron-LM.
     seed = settings.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
-    np.random.seed(seed % (1 << 32))  # noqa: NPY002 - libraries that draw from the global state must be seeded there
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002 - for libraries that draw from the global state
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -78,7 +78,8 @@ def rank_grid() -> list[list[int]]:
     )
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, place)
-    grid = [[0] * (parallel_state.get_pipeline_model_parallel_world_size() * tensor) for _ in range(data_parallel_size())]
+    model_size = parallel_state.get_pipeline_model_parallel_world_size() * tensor
+    grid = [[0] * model_size for _ in range(data_parallel_size())]
     for rank, (data_rank, model_rank) in enumerate(places):
         grid[data_rank][model_rank] = rank
     return grid
@@ -157,7 +158,7 @@ def forward_step(data_iterator: Iterator[Batch] | None, model: torch.nn.Module) 
     if not reads_data(model):
         return model(input_ids=None, position_ids=None, attention_mask=None), functools.partial(loss_of, None)
     if data_iterator is None:
-        raise DataError("The first and the last pipeline stage need a data iterator, but got None instead. Pass one there.")
+        raise DataError("A first or last pipeline stage must get a data iterator, but got None instead. Pass one.")
     device = "cpu" if cpu.installed() else torch.cuda.current_device()
     batch = {key: value.to(device, non_blocking=True) for key, value in next(data_iterator).items()}
     output = model(
@@ -169,23 +170,23 @@ def forward_step(data_iterator: Iterator[Batch] | None, model: torch.nn.Module) 
     return output, functools.partial(loss_of, batch["loss_mask"])
 
 
-def loss_of(loss_mask_BT: torch.Tensor | None, losses_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # noqa: N803
+def loss_of(loss_mask_BT: torch.Tensor | None, losses_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Mean loss over the unmasked tokens of a micro-batch (0 where all are masked), to train on and to report."""
     if loss_mask_BT is None:
         raise DataError("Only the last pipeline stage, which reads data, has a loss to average.")
-    mask_N = loss_mask_BT.reshape(-1).float()  # noqa: N806
+    mask_N = loss_mask_BT.reshape(-1).float()
     loss = torch.sum(losses_BT.reshape(-1).float() * mask_N) / mask_N.sum().clamp(min=1)
     return loss, {"lm loss": loss.detach().clone()}  # a copy: the schedule divides the loss in place
 
 
 @contextlib.contextmanager
-def settled_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Have every rank's weights up to date inside the block; collective. Evaluate and save only there.
+def settled_weights(chunks: Sequence[DistributedDataParallel]) -> Generator[None, None, None]:
+    """Have every rank's weights up to date inside the block; collective, may be nested. Evaluate and save only there.
 
     With `overlap_param_gather` the optimizer leaves each rank with its own shard updated, and the rest is gathered only
     by the next forward pass after the gradient buffers were zeroed.
     """
-    overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather and chunk.use_forward_hook]
+    overlapping = [chunk for chunk in chunks if chunk.use_forward_hook and chunk.remove_forward_pre_hook_handles]
     for chunk in overlapping:
         chunk.disable_forward_pre_hook(param_sync=True)
     try:
@@ -288,8 +289,8 @@ def _layer_spec(settings: PretrainSettings) -> ModuleSpec:
         return layer_specs.get_gpt_layer_with_transformer_engine_spec()
     if settings.parallel.sequence_parallel:
         raise ConfigError(
-            "`sequence_parallel` must be off without Transformer Engine and CUDA: Megatron-Core's own norms cannot split "
-            "the sequence. Turn it off, or install transformer-engine."
+            "`sequence_parallel` must be off without CUDA and Transformer Engine: Megatron-Core's norms cannot split "
+            "a sequence. Turn it off, or install transformer-engine."
         )
     return layer_specs.get_gpt_layer_local_spec(normalization=settings.model.normalization)
 
@@ -311,5 +312,5 @@ def _connect_schedules(
     """Tell the schedules how gradients are finished, and when they must not be reduced yet."""
     config.finalize_model_grads_func = finalize_model_grads
     if settings.parallel.overlap_grad_reduce:
-        functions = [chunk.no_sync for chunk in chunks]
+        functions: Any = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = functions[0] if len(functions) == 1 else functions

@@ -1,7 +1,7 @@
 """Model, optimizer, schedule and random states of a run, through Megatron-Core's distributed checkpoints.
 
-Such a checkpoint can be loaded under another data-, tensor- or pipeline-parallel size. Random states belong to a layout, and
-are restored if tensor- and pipeline-parallel sizes are those of the checkpoint.
+Such a checkpoint can be loaded under another data-, tensor- or pipeline-parallel size. Random states belong to a
+layout, and are restored if tensor- and pipeline-parallel sizes are those of the checkpoint.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import queue
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,19 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from es_megatron.errors import CheckpointError
 from es_megatron.trainer.model import settled_weights, unwrap
+from es_megatron.trainer.optimizer_state import METADATA, sharded_optimizer_state
 
 logger = logging.getLogger(__name__)
 
+BRIEF = 400
+"""Characters of an upstream error that are repeated."""
+
 SPACE_MARGIN = 1.02
 """Bytes a checkpoint takes on disk over those of its tensors: file headers and metadata."""
-
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",  # the format that another data-parallel size can load
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
 
 
 def save_model(
@@ -67,8 +66,9 @@ def save_model(
         state["rng"] = ShardedObject("rng", random_state(), *_rng_place())
         _make_room(directory, _stored_bytes(state))
         with _failures_named(f"Checkpoint `{directory}` could not be written", "Check the space and rights there."):
+            about = {**METADATA, "layout": _layout(), "distributed_optimizer": _is_sharded(chunks)}
             with _writing_without_manager():
-                dist_checkpointing.save(state, str(directory), content_metadata={**METADATA, "layout": _layout()})
+                dist_checkpointing.save(state, str(directory), content_metadata=about)
 
 
 def load_model(
@@ -94,8 +94,9 @@ def load_model(
     directory = Path(directory)
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise CheckpointError(f"`{directory}` holds no complete model checkpoint. Check the path, or use an older one.")
-    with _failures_named(f"Checkpoint `{directory}` could not be loaded", "Use an older one, or the settings it is of."):
-        saved = dist_checkpointing.load_content_metadata(str(directory)) or {}
+    with _failures_named(f"Checkpoint `{directory}` could not be loaded", "Use an older one, or its own settings."):
+        saved: dict[str, Any] = dist_checkpointing.load_content_metadata(str(directory)) or {}
+        _check_kind(directory, saved, chunks)
         state = _sharded_state(chunks, optimizer, is_loading=True)
         same_layout = saved.get("layout") == _layout()
         if same_layout:
@@ -109,7 +110,9 @@ def load_model(
     if same_layout:
         restore_random_state(loaded["rng"])
     else:
-        logger.info("Random states start anew: the checkpoint has layout %s, the run %s.", saved.get("layout"), _layout())
+        logger.info(
+            "Random states start anew: the checkpoint has layout %s, the run %s.", saved.get("layout"), _layout()
+        )
     return int(loaded["iteration"])
 
 
@@ -121,7 +124,7 @@ def random_state() -> dict[str, Any]:
         "numpy": (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
-        "tracker": {name: state.clone() for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
+        "tracker": {name: state.clone() for name, state in _tracker().get_states().items()},
     }
 
 
@@ -133,7 +136,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+    _tracker().set_states(dict(state["tracker"]))
+
+
+def _tracker() -> Any:
+    return tensor_parallel.get_cuda_rng_tracker()
 
 
 def _named(chunks: Sequence[DistributedDataParallel]) -> dict[str, DistributedDataParallel]:
@@ -150,8 +157,22 @@ def _sharded_state(
     state: dict[str, Any] = {
         key: unwrap(chunk).sharded_state_dict(metadata=dict(METADATA)) for key, chunk in _named(chunks).items()
     }
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(METADATA))
+    state["optimizer"] = sharded_optimizer_state(optimizer, state, is_loading=is_loading)
     return state
+
+
+def _is_sharded(chunks: Sequence[DistributedDataParallel]) -> bool:
+    return bool(chunks[0].ddp_config.use_distributed_optimizer)
+
+
+def _check_kind(directory: Path, saved: dict[str, Any], chunks: Sequence[DistributedDataParallel]) -> None:
+    """Refuse the state of an optimizer that is sharded where the run's is not, or the other way round."""
+    was, now = bool(saved.get("distributed_optimizer")), _is_sharded(chunks)
+    if was != now:
+        raise CheckpointError(
+            f"Checkpoint `{directory}` is of a run with `distributed_optimizer: {str(was).lower()}`, but this run has "
+            f"{str(now).lower()}. Set it as it was; that works under any data-parallel size."
+        )
 
 
 def _layout() -> dict[str, int]:
@@ -208,26 +229,35 @@ def _make_room(directory: Path, own_bytes: int) -> None:
 
 
 @contextmanager
-def _failures_named(what: str, cure: str) -> Iterator[None]:
+def _failures_named(what: str, cure: str) -> Generator[None, None, None]:
     """Turn whatever upstream raises into an error that names the checkpoint."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:
-        raise CheckpointError(f"{what}: {type(error).__name__}: {error}. {cure}") from error
+    except (Exception, CheckpointException) as error:  # the latter is a bare BaseException
+        raise CheckpointError(f"{what}: {_brief(error)}. {cure}") from error
+
+
+def _brief(error: BaseException) -> str:
+    """Tell an error in a line; of those of several ranks the first."""
+    failures: dict[int, Any] = getattr(error, "failures", {})
+    for rank, (failure, _) in failures.items():
+        return f"{_brief(failure)} (rank {rank})"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:BRIEF]}".rstrip(" .")
 
 
 @contextmanager
-def _writing_without_manager() -> Iterator[None]:
+def _writing_without_manager() -> Generator[None, None, None]:
     """Let Megatron's writer use a queue of this process.
 
     Its default is a queue of a multiprocessing manager, started by spawn: that takes seconds on every rank, and hangs a
     main script without a `__main__` guard. Only its asynchronous saving, which is not used here, needs one.
     """
-    before = filesystem_async._results_queue  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-    filesystem_async._results_queue = queue.Queue()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    before = filesystem_async._results_queue  # pyright: ignore[reportPrivateUsage]
+    filesystem_async._results_queue = queue.Queue()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     try:
         yield
     finally:
-        filesystem_async._results_queue = before  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+        filesystem_async._results_queue = before  # pyright: ignore[reportPrivateUsage]

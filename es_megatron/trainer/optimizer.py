@@ -101,7 +101,7 @@ def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
     if not math.isfinite(norm):
         return False, norm
     for part in optimizer.chained_optimizers:
-        parameters = part.get_parameters()
+        parameters: list[torch.Tensor] = list(part.get_parameters())
         if part.config.clip_grad > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
     with torch.no_grad():

@@ -35,7 +35,7 @@ class ModelSettings:
     """Heads of keys and values, shared by groups of query heads; None: one for each head."""
 
     ffn_hidden_size: int | None = None
-    """Width of the feed-forward layer; None: 4 x hidden, or 8/3 x hidden rounded up to a multiple of 64 with `swiglu`."""
+    """Width of the feed-forward layer; None: 4 x hidden, or with `swiglu` 8/3 x hidden, rounded up to 64s."""
 
     seq_length: int = 128
     """Tokens in a sample."""
@@ -59,7 +59,7 @@ class ModelSettings:
     """Dropout of attention and hidden states, in [0, 1). Scoring never drops."""
 
     init_std: float = 0.02
-    """Standard deviation of the initial weights, > 0; those that write to the residual stream get it / sqrt(2 layers)."""
+    """Standard deviation of the initial weights, > 0; divided by sqrt(2 layers) where they write to the residual."""
 
     init_seed: int = 1234
     """Seed of the initial weights, >= 0. They do not depend on the parallel layout."""
@@ -144,11 +144,10 @@ class ParallelSettings:
                 )
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ConfigError(
-                "`overlap_param_gather` must be off without `distributed_optimizer` and `overlap_grad_reduce`: there is no "
-                "gather to overlap. Turn them on too."
+                "`overlap_param_gather` needs `distributed_optimizer` and `overlap_grad_reduce`. Set them."
             )
         if self.sequence_parallel and self.tensor == 1:
-            raise ConfigError("`sequence_parallel` must be off with `tensor: 1`: there is nothing to split. Turn it off.")
+            raise ConfigError("`sequence_parallel` must be off with `tensor: 1`, which splits nothing. Turn it off.")
 
     @property
     def chunks(self) -> int:
@@ -314,14 +313,12 @@ class PretrainSettings:
             ("num_query_groups", model.query_groups),
             ("ffn_hidden_size", model.ffn_size),
         ):
-            divides = size % parallel.tensor == 0
-            require(divides, name, f"a multiple of the tensor-parallel size {parallel.tensor}", size)
+            require(size % parallel.tensor == 0, name, f"a multiple of tensor-parallel size {parallel.tensor}", size)
         pieces = parallel.pipeline * parallel.chunks
         rule = f"a multiple of pipeline size x chunks per rank = {pieces}"
         require(model.num_layers % pieces == 0, "num_layers", rule, model.num_layers)
-        lag = self.evolved_sampling.mask_lag
-        rule = f"at most the `mask_lag` {lag} of `evolved_sampling`"
-        require(self.data.prefetch <= lag, "prefetch", rule, self.data.prefetch)
+        lag, prefetch = self.evolved_sampling.mask_lag, self.data.prefetch
+        require(prefetch <= lag, "prefetch", f"at most `mask_lag` = {lag}", prefetch)
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSettings:
@@ -332,7 +329,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSe
         overrides: settings of the command line, each `section.key=value` with a YAML value; they win.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key (names it, the file and the nearest one), a value out of range.
+        ConfigError: no such file, not YAML, an unknown key (names it, the file and the nearest), a value out of range.
     """
     try:
         mapping: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -342,18 +339,14 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSe
         raise ConfigError(f"Settings `{path}` must be YAML, but are not: {error}") from error
     if not isinstance(mapping, dict):
         raise ConfigError(f"Settings `{path}` must be a mapping of sections, but are {mapping!r} instead.")
-    settings = cast(dict[str, Any], mapping)
     for override in overrides:
-        apply_override(settings, override)
-    return build(PretrainSettings, settings, f"{path}" + (" and the command line" if overrides else ""))
+        apply_override(cast(dict[str, Any], mapping), override)
+    where = f"{path} and the command line" if overrides else str(path)
+    return build(PretrainSettings, cast(dict[str, Any], mapping), where)
 
 
 def apply_override(mapping: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in a nested mapping, in place.
-
-    Raises:
-        ConfigError: no `=`, no key, a value that is not YAML, or a way through something that is no section.
-    """
+    """Set one `section.key=value` in a nested mapping, in place; `ConfigError` if it cannot be."""
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or not all(parts):
@@ -371,11 +364,7 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
 
 
 def check_layout(settings: PretrainSettings, world_size: int) -> None:
-    """Refuse a world that cannot hold the layout, or a meta-batch it cannot split.
-
-    Args:
-        settings: of the run.
-        world_size: processes of the run.
+    """Refuse a world of `world_size` processes that cannot hold the layout, or a meta-batch it cannot split.
 
     Raises:
         LayoutError: names the sizes and a cure.
@@ -384,43 +373,25 @@ def check_layout(settings: PretrainSettings, world_size: int) -> None:
     ranks = parallel.tensor * parallel.pipeline
     if world_size % ranks != 0:
         raise LayoutError(
-            f"The number of processes must be a multiple of tensor x pipeline = {parallel.tensor} x {parallel.pipeline} = "
-            f"{ranks}, but is {world_size} instead. Start {-(-world_size // ranks) * ranks} processes or split the model less."
+            f"The number of processes must be a multiple of tensor x pipeline = {parallel.tensor} x {parallel.pipeline}"
+            f", but is {world_size} instead. Start {-(-world_size // ranks) * ranks}, or split the model less."
         )
     dp_size = parallel.data_parallel(world_size)
     step = training.micro_batch_size * dp_size
     if training.global_batch_size % step != 0:
         raise LayoutError(
-            f"`global_batch_size` must be a multiple of micro-batch size x data-parallel size = {training.micro_batch_size} x "
-            f"{dp_size} = {step}, but is {training.global_batch_size} instead. "
+            f"`global_batch_size` must be a multiple of micro-batch size x data-parallel size = "
+            f"{training.micro_batch_size} x {dp_size}, but is {training.global_batch_size} instead. "
             f"Use {max(step, round(training.global_batch_size / step) * step)}, or a smaller `micro_batch_size`."
         )
-    check_micro_batches(parallel, training.global_batch_size // step, "the meta-batch")
-
-
-def check_micro_batches(parallel: ParallelSettings, count: int, what: str) -> None:
-    """Refuse a number of micro-batches that the interleaved schedule cannot run.
-
-    Args:
-        parallel: layout of the run.
-        count: micro-batches of each data-parallel rank in one pass.
-        what: names the pass in the error, such as "the chosen sequences".
-
-    Raises:
-        LayoutError: names the numbers and a cure.
-    """
-    stages = parallel.pipeline
-    if count < 1 or (parallel.virtual_pipeline is not None and count % stages != 0):
+    count = training.global_batch_size // step
+    if parallel.virtual_pipeline is not None and count % parallel.pipeline != 0:
         raise LayoutError(
-            f"The number of micro-batches of {what} must be a multiple of the {stages} pipeline stages with "
-            f"`virtual_pipeline`, but is {count} instead. Use a smaller micro-batch, a larger `global_batch_size` or "
-            "`keep_ratio`, or set `virtual_pipeline` to null."
-            if count >= 1
-            else f"The number of micro-batches of {what} must be at least 1, but is {count} instead. "
-            "Use a smaller micro-batch or a larger `global_batch_size` or `keep_ratio`."
+            f"Micro-batches of a meta-batch on a rank must be a multiple of {parallel.pipeline} stages with "
+            f"`virtual_pipeline`, but are {count} instead. Use another `micro_batch_size` or `global_batch_size`."
         )
 
 
 def require_positive(name: str, value: int | None, *, optional: bool = False) -> None:
     """Raise the usual `ConfigError` unless a count is at least 1, or None where that is allowed."""
-    require((value is None and optional) or (value is not None and value >= 1), name, ">= 1", value)
+    require(optional if value is None else value >= 1, name, ">= 1", value)

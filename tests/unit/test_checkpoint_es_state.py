@@ -140,7 +140,7 @@ def test_every_damaged_bit_is_noticed_or_harmless(saved: Path) -> None:
             check_whole([load_es_state(saved, 103, ALONE)], 103)  # harmless only if all is equal
         except CheckpointError as error:
             noticed += 1
-            assert path.name in str(error)
+            assert path.name in str(error)  # noqa: PT017 - both outcomes are looked at
         path.write_bytes(content)
     assert noticed > 550
 

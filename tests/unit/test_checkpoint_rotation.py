@@ -15,7 +15,7 @@ from es_megatron.parallel import Replica
 from tests.checkpoint_helper import MANIFEST, MASKS, Crash, Disk, on_threads, own_scores
 
 ALONE = Replica.alone()
-N = 103
+N = 3
 FILES = [
     "checksums.json",
     "es_state/manifest.json",
@@ -27,7 +27,15 @@ FILES = [
 ]
 
 
-def save(root: Path, iteration: int, keep: int = 2, mark: str = "", wrote: Callable[[Path], None] | None = None) -> None:
+@pytest.fixture(autouse=True)
+def _no_real_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is flushed when is tracked by `Disk`; waiting for the real disk thousands of times tells no more."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def save(
+    root: Path, iteration: int, keep: int = 2, mark: str = "", wrote: Callable[[Path], None] | None = None
+) -> None:
     """Save as a trainer does: files of others, that nobody flushes, and the ES state."""
     with CheckpointDirectory(root, keep, ALONE).saving(iteration) as folder:
         for name in ("model/deep/rank0.bin", "notes.txt"):
@@ -181,7 +189,8 @@ def test_a_body_that_fails_on_one_rank_drops_the_checkpoint_on_all(tmp_path: Pat
                 raise ValueError("no weights")
 
     errors = on_threads(3, body)
-    assert all(isinstance(error, CheckpointError) and "rank 1: ValueError: no weights" in str(error) for error in errors)
+    assert all(isinstance(error, CheckpointError) for error in errors)
+    assert "rank 1: ValueError: no weights" in str(errors[0]) == str(errors[2])
     assert names(tmp_path) == ["iter_0000005", "latest"]
 
 
@@ -208,7 +217,8 @@ def test_a_folder_that_ranks_do_not_share_is_told(tmp_path: Path, monkeypatch: p
     # Two ranks, of which each is to read one of the two files it sees: rank 1 only has its own.
     monkeypatch.setattr("es_megatron.checkpoint.rotation._share", lambda sizes, _: list(sizes))
     errors = on_threads(2, body)
-    assert all(isinstance(error, CheckpointError) and "rank1 is seen by another rank only" in str(error) for error in errors)
+    assert all(isinstance(error, CheckpointError) for error in errors)
+    assert all("rank1 is seen by another rank only" in str(error) for error in errors)
 
 
 def test_keep_must_be_positive() -> None:
@@ -280,6 +290,7 @@ def test_a_crash_at_any_step(tmp_path: Path, scene: str, monkeypatch: pytest.Mon
     assert len(seen) == 2  # some steps come before, some after the moment it counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_loss_of_power_at_any_step(tmp_path: Path, scene: str, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = count_steps(tmp_path / "count", scene, monkeypatch)
@@ -303,8 +314,8 @@ def test_a_loss_of_power_at_any_step(tmp_path: Path, scene: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("scene", SCENES)
-@pytest.mark.parametrize("cause", [errno.ENOSPC, errno.EIO])
-def test_an_error_at_any_step(tmp_path: Path, scene: str, cause: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_at_any_step(tmp_path: Path, scene: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cause = errno.ENOSPC
     steps = count_steps(tmp_path / "count", scene, monkeypatch)
     failed = 0
     for step in range(1, steps + 1):
@@ -316,7 +327,7 @@ def test_an_error_at_any_step(tmp_path: Path, scene: str, cause: int, monkeypatc
             failed += 1
             assert str(root) in str(error)
             assert os.strerror(cause) in str(error)
-            assert not [name for name in names(root) if name.endswith(".partial") and name != "latest.partial"]
+            assert not list(root.glob("*.partial"))
         check_recovery(root, iteration, allowed)
         shutil.rmtree(root)
     assert failed > steps // 2

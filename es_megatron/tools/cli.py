@@ -1,0 +1,35 @@
+"""The `es-megatron` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from es_megatron.errors import EsError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; a user's mistake prints one line and returns 2."""
+    parser = argparse.ArgumentParser(prog="es-megatron", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    from es_megatron.tools import demo, prepare, pretrain  # noqa: PLC0415 - keeps `--help` of one from importing all
+
+    for name, module in (("prepare", prepare), ("pretrain", pretrain), ("demo", demo)):
+        command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return int(parsed.run(parsed))
+    except EsError as error:
+        print(f"es-megatron {parsed.command}: error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Pretrain a GPT with Evolved Sampling on a prepared blend, under torchrun or alone."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("--config", required=True, help="YAML file of settings, such as configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train to the end; returns 0."""
+    from es_megatron.frameworks import cpu  # noqa: PLC0415 - the layer must stand before megatron is imported
+
+    cpu.install()
+    from es_megatron.trainer.loop import pretrain  # noqa: PLC0415
+    from es_megatron.trainer.settings import load_settings  # noqa: PLC0415
+
+    pretrain(load_settings(arguments.config, arguments.overrides))
+    return 0

@@ -1,0 +1,143 @@
+"""What a run tells: log lines, progress bar, TensorBoard, audit log of chosen ids, summary. Rank 0 speaks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from es_megatron.engine import StepRecord
+from es_megatron.errors import ConfigError
+from es_megatron.metrics import LogEntry
+from es_megatron.trainer.settings import PretrainSettings
+
+
+class Journal:
+    """The outputs of a run; on other ranks than 0 every method does nothing."""
+
+    def __init__(self, settings: PretrainSettings, speaks: bool, iterations: int, start: int) -> None:
+        """Open what the settings ask for.
+
+        Args:
+            settings: of the run.
+            speaks: whether this is rank 0.
+            iterations: planned length.
+            start: iteration the run begins or resumes at.
+
+        Raises:
+            ConfigError: TensorBoard is asked for and not installed.
+        """
+        self._speaks = speaks
+        self._directory = settings.run.directory
+        self._audit: TextIO | None = None
+        self._board: Any = None
+        self._bar: tqdm[Any] | None = None
+        self._log: TextIO | None = None
+        if not speaks:
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._log = (self._directory / "log.txt").open("a", encoding="utf-8")
+        if settings.run.audit:
+            self._audit = open_audit(self._directory / "audit.jsonl", start)
+        if settings.run.tensorboard:
+            self._board = open_board(self._directory / "tensorboard", start)
+        if settings.run.progress and sys.stderr.isatty():
+            self._bar = tqdm(total=iterations, initial=start, unit="it", dynamic_ncols=True)
+
+    def __enter__(self) -> Journal:
+        """Nothing more to open."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close everything, also after an error."""
+        for output in (self._audit, self._log, self._board, self._bar):
+            if output is not None:
+                output.close()
+
+    def say(self, text: str) -> None:
+        """Print to standard output and to the log file."""
+        if not self._speaks:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)  # noqa: T201 - the log of the run
+        if self._log is not None:
+            self._log.write(text + "\n")
+            self._log.flush()
+
+    def advance(self, record: StepRecord) -> None:
+        """Note one finished iteration."""
+        if self._bar is not None:
+            self._bar.update(1)
+        if self._audit is not None:
+            line = {"iteration": record.iteration, "scored": record.scored, "chosen": record.chosen.tolist()}
+            self._audit.write(json.dumps(line) + "\n")
+            self._audit.flush()
+
+    def log(self, entry: LogEntry, record: StepRecord | None) -> None:
+        """Write the log line and the scalars."""
+        self.say(entry.line())
+        if self._board is None or record is None:
+            return
+        scalars = {
+            "lm loss": entry.lm_loss,
+            "learning-rate": entry.learning_rate,
+            "grad-norm": entry.grad_norm,
+            "es/kept": entry.kept,
+            "es/score_ms": entry.score_ms,
+            "es/train_ms": entry.train_ms,
+            "es/other_ms": entry.other_ms,
+            "es/meta_loss": record.meta_loss,
+            "es/chosen_loss": record.chosen_loss,
+            **{f"es/chosen_{c}": n for c, n in enumerate(np.bincount(record.components).tolist())},
+        }
+        for name, value in scalars.items():
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, entry.iteration)
+
+    def evaluated(self, iteration: int, losses: Mapping[str, float]) -> None:
+        """Tell validation losses, in nats per token."""
+        told = " | ".join(f"{name}: {loss:.4f}" for name, loss in losses.items())
+        self.say(f"validation loss at iteration {iteration} | {told} |")
+        if self._board is not None:
+            for name, loss in losses.items():
+                self._board.add_scalar(f"validation/{name}", loss, iteration)
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`, whole or not at all."""
+        if self._speaks:
+            path = self._directory / "summary.json"
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+
+
+def open_audit(path: Path, start: int) -> TextIO:
+    """Open the audit log for appending, without the lines of iterations that are going to be run again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] < start]
+        path.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
+
+
+def open_board(path: Path, start: int) -> Any:
+    """Open a TensorBoard writer that hides what a resume runs again."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional dependency
+    except ImportError as error:
+        raise ConfigError("`run.tensorboard` must be off without TensorBoard. Install `es_megatron[report]`.") from error
+    return SummaryWriter(str(path), purge_step=start)  # pyright: ignore[reportUnknownVariableType]
+
+

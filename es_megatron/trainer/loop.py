@@ -1,0 +1,298 @@
+"""The reference pretraining loop: Megatron-Core's model, optimizer and schedules, with Evolved Sampling between them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from es_megatron.checkpoint.agreement import agreed
+from es_megatron.checkpoint.compatibility import check_manifest
+from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
+from es_megatron.checkpoint.rotation import CheckpointDirectory
+from es_megatron.data.mask import KeptMask
+from es_megatron.frameworks.megatron_core import MegatronCoreSampling, attach
+from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
+from es_megatron.metrics import LogEntry, RunTotals
+from es_megatron.parallel import Replica
+from es_megatron.plan import Layout, describe, nominal, predict
+from es_megatron.trainer.journal import Journal
+from es_megatron.trainer.model import build_model, forward_step, initialize, settled_weights, shutdown, transformer_config
+from es_megatron.trainer.model_state import load_model, save_model
+from es_megatron.trainer.optimizer import build_optimizer, build_scheduler, learning_rate, step, zero_gradients
+from es_megatron.trainer.passes import Passes, calibrate, evaluate, reported_loss
+from es_megatron.trainer.settings import PretrainSettings
+
+LOGGER = logging.getLogger(__name__)
+
+ES_STATE = "es_state"
+MODEL = "model"
+
+
+class Trainer:
+    """One run, from settings to summary."""
+
+    def __init__(self, settings: PretrainSettings) -> None:
+        """Build everything, refuse what cannot work, and restore the newest checkpoint; collective.
+
+        Raises:
+            EsError: on every rank, naming the thing and the cure.
+        """
+        self.settings = settings
+        training = settings.training
+        initialize(settings)
+        with agreed(Replica.data_parallel(), "open the data"):
+            blend = load_blend(settings.data.blend, settings.model.seq_length)
+        self.blend: LoadedBlend = blend
+        samples = training.train_samples or max(1, round((training.passes or 1.0) * blend.manifest.total))
+        self.sampling: MegatronCoreSampling = attach(
+            settings.evolved_sampling,
+            blend.manifest,
+            blend.rows,
+            model_config=transformer_config(settings),
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            train_samples=samples,
+            workers=settings.data.num_workers,
+            prefetch=settings.data.prefetch,
+        )
+        self.engine = self.sampling.engine
+        self.replica = self.engine.replica
+        self.chunks = build_model(settings, blend.vocab_size)
+        self.optimizer = build_optimizer(settings, self.chunks)
+        self.scheduler = build_scheduler(settings, self.optimizer, self.engine.plan.schedule.iterations)
+        schedule = get_forward_backward_func()
+        self.passes = Passes(settings, self.chunks, schedule, self.replica, self.sampling.loss_source)
+        self.forward_backward = self.sampling.wrap(schedule)
+        self.totals = RunTotals(len(blend.manifest.components), training.global_batch_size)
+        self.checkpoints = CheckpointDirectory(
+            settings.run.directory / "checkpoints", settings.run.keep_checkpoints, self.replica
+        )
+        self.layout: Layout = calibrate(self.passes, self._zero)
+        self.evaluations: list[dict[str, Any]] = []
+        if settings.run.resume:
+            self._restore()
+        self._stop = False
+        self._saved_at = -1
+
+    def run(self) -> dict[str, Any]:
+        """Train to the planned end, or to SIGTERM; returns the summary that `summary.json` holds."""
+        iterations = self.engine.plan.schedule.iterations
+        plan = describe(self.engine.plan, self.layout, self.settings.model.seq_length, calibrated=True)
+        with (
+            Journal(self.settings, self.replica.world_rank == 0, iterations, self.engine.iteration) as journal,
+            self._sigterm(),
+        ):
+            journal.say(plan)
+            self._train(journal, iterations)
+            finished = self.engine.done
+            interval = self.settings.run.save_interval
+            if self._saved_at != self.engine.iteration and (interval or not finished):
+                self._save(journal)
+            if finished and not (self.evaluations and self.evaluations[-1]["iteration"] == self.engine.iteration):
+                self._evaluate(journal)
+            summary = self._summary(finished)
+            journal.summarize(summary)
+            return summary
+
+    def _train(self, journal: Journal, iterations: int) -> None:
+        training, run = self.settings.training, self.settings.run
+        window = Window()
+        while self.engine.iteration < iterations and not self._agreed_stop():
+            began = time.perf_counter()
+            self._zero()
+            results: Any = self.forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=None if len(self.chunks) == 1 else [None for _ in self.chunks],
+                model=self.chunks,
+                num_microbatches=len(self.engine.own) // training.micro_batch_size,
+                seq_length=self.settings.model.seq_length,
+                micro_batch_size=training.micro_batch_size,
+            )
+            updating = time.perf_counter()
+            succeeded, norm = step(self.optimizer)
+            rate = learning_rate(self.optimizer)
+            if succeeded:
+                self.scheduler.step(1)
+            self.sampling.finish(succeeded)
+            ended = time.perf_counter()
+            record = self.engine.last
+            assert record is not None  # noqa: S101 - `finish` has just closed it
+            self.totals.add(record, {"optimizer": ended - updating, "step": ended - began}, succeeded=succeeded)
+            window.add(results, norm, ended - began, record, succeeded=succeeded)
+            journal.advance(record)
+            done = self.engine.iteration
+            if done % training.log_interval == 0 or done == iterations:
+                self._log(journal, window, rate)
+                window = Window()
+            if training.eval_interval and done % training.eval_interval == 0 and done < iterations:
+                self._evaluate(journal)
+            if run.save_interval and done % run.save_interval == 0 and done < iterations:
+                self._save(journal)
+
+    def _zero(self) -> None:
+        zero_gradients(self.chunks, self.optimizer)
+
+    def _agreed_stop(self) -> bool:
+        """Whether world rank 0 was asked to end; launchers send the signal to all ranks."""
+        return bool(self.replica.tell(np.asarray([self._stop], dtype=np.int64))[0])
+
+    @contextmanager
+    def _sigterm(self) -> Iterator[None]:
+        def ask_to_stop(*_: object) -> None:
+            self._stop = True
+
+        before = signal.signal(signal.SIGTERM, ask_to_stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _log(self, journal: Journal, window: Window, rate: float) -> None:
+        """Mean loss since the last line; collective."""
+        own = self.replica.broadcast_over_mp(np.asarray(window.loss), self.sampling.loss_source)
+        loss_sum, count = self.replica.sum_over_dp(own)
+        steps = max(window.steps, 1)
+        score, train = window.seconds.get("score", 0.0), window.seconds.get("train", 0.0)
+        entry = LogEntry(
+            iteration=self.engine.iteration,
+            iterations=self.engine.plan.schedule.iterations,
+            consumed=self.engine.iteration * self.engine.meta_batch,
+            milliseconds=1e3 * window.elapsed / steps,
+            learning_rate=rate,
+            meta_batch=self.engine.meta_batch,
+            lm_loss=float(loss_sum / count) if count else math.nan,
+            kept=window.kept,
+            score_ms=1e3 * score / steps,
+            train_ms=1e3 * train / steps,
+            other_ms=1e3 * (window.elapsed - score - train) / steps,
+            grad_norm=window.norm,
+            skipped=self.totals.skipped,
+            bad=self.totals.bad,
+        )
+        journal.log(entry, self.engine.last)
+
+    def _evaluate(self, journal: Journal) -> None:
+        if not self.settings.training.eval_samples or not self.blend.validation:
+            return
+        with settled_weights(self.chunks):
+            losses = evaluate(self.passes, self.blend.validation)
+        if losses:
+            losses["mean"] = sum(losses.values()) / len(losses)
+            self.evaluations.append({"iteration": self.engine.iteration, **losses})
+            journal.evaluated(self.engine.iteration, losses)
+
+    def _save(self, journal: Journal) -> None:
+        """Write model and ES state of this iteration; the marker that makes them count comes last."""
+        began = time.perf_counter()
+        iteration, store = self.engine.iteration, self.engine.store
+        partial = self.checkpoints.begin(iteration)
+        with agreed(self.replica, f"save iteration {iteration}", lambda: None):
+            with settled_weights(self.chunks):
+                save_model(partial / MODEL, self.chunks, self.optimizer, self.scheduler, iteration)
+            save_es_state(
+                partial / ES_STATE,
+                ScoreRange(self.blend.manifest.total, store.low, store.score, store.visits),
+                {key: mask.packed for key, mask in self.engine.sampler.masks.items()},
+                {
+                    "engine": self.engine.state_dict(),
+                    "totals": self.totals.state_dict(),
+                    "evaluations": self.evaluations,
+                },
+                self.blend.manifest.to_json(),
+                self.replica,
+            )
+        where = self.checkpoints.commit(iteration)
+        self._saved_at = iteration
+        journal.say(f"saved {where} in {time.perf_counter() - began:.1f} s")
+
+    def _restore(self) -> None:
+        found = self.checkpoints.find()
+        if found is None:
+            return
+        manifest = self.blend.manifest
+        state = load_es_state(found / ES_STATE, manifest.total, self.replica, manifest.to_json())
+        check_manifest(state.manifest, manifest.to_json())
+        sizes = manifest.sizes
+        masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in state.masks.items()}
+        self.engine.load_state_dict(state.state["engine"], masks)
+        self.engine.store.load(state.score, state.visits)
+        self.totals.load_state_dict(state.state["totals"])
+        self.evaluations = list(state.state["evaluations"])
+        load_model(found / MODEL, self.chunks, self.optimizer, self.scheduler)
+        self._saved_at = self.engine.iteration
+        LOGGER.info("resumed from %s at iteration %d", found, self.engine.iteration)
+
+    def _summary(self, finished: bool) -> dict[str, Any]:
+        plan, seq_length = self.engine.plan, self.settings.model.seq_length
+        whole, calibrated = nominal(self.layout), predict(plan, self.layout)
+        names = [component.name for component in self.blend.manifest.components]
+        return {
+            "finished": finished,
+            "arm": plan.config.arm,
+            "scorer": plan.config.scorer if plan.config.scores else None,
+            "iterations": self.engine.iteration,
+            "planned_iterations": plan.schedule.iterations,
+            "plain_iterations": plan.plain_iterations,
+            "meta_batch": plan.meta_batch,
+            "kept": plan.kept,
+            "passes": dict(zip(names, plan.schedule.passes(self.engine.iteration).tolist(), strict=True)),
+            "tokens_scored": self.totals.sequences_scored * seq_length,
+            "tokens_trained": self.totals.sequences_trained * seq_length,
+            "chosen": dict(zip(names, self.totals.chosen.tolist(), strict=True)),
+            "cost": self.totals.sequences_scored + 3 * self.totals.sequences_trained,
+            "plain_cost": plan.plain_cost,
+            "seconds": self.totals.seconds,
+            "nominal_saving": predict(plan, whole).saving,
+            "calibrated_saving": calibrated.saving,
+            "backward_over_forward": self.layout.backward / self.layout.forward,
+            "non_finite_losses": self.totals.bad,
+            "skipped_iterations": self.totals.skipped,
+            "validation": self.evaluations[-1] if self.evaluations else None,
+            "evaluations": self.evaluations,
+            "world_size": self.replica.world_size,
+        }
+
+
+class Window:
+    """Sums since the last log line."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self.loss = [0.0, 0.0]
+        self.norm = math.nan
+        self.elapsed = 0.0
+        self.steps = 0
+        self.kept = 0
+        self.seconds: dict[str, float] = {}
+
+    def add(self, results: Any, norm: float, elapsed: float, record: Any, *, succeeded: bool) -> None:
+        """Count one iteration."""
+        total, count = reported_loss(results)
+        self.loss[0] += total
+        self.loss[1] += count
+        self.norm = norm if succeeded else self.norm
+        self.elapsed += elapsed
+        self.steps += 1
+        self.kept = len(record.chosen)
+        for name, value in record.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+
+def pretrain(settings: PretrainSettings) -> dict[str, Any]:
+    """Run one pretraining job on this rank, from process groups to summary.
+
+    Raises:
+        EsError: what cannot work, on every rank, before the first iteration where possible.
+    """
+    try:
+        return Trainer(settings).run()
+    finally:
+        shutdown()

@@ -1,0 +1,160 @@
+"""Passes of the trainer outside of training: evaluation by domain, and the timing of forward and backward."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from es_megatron.frameworks.feed import Rows, collate
+from es_megatron.frameworks.megatron_core import join, mask_of_partial, sequence_losses, traceless
+from es_megatron.parallel import Replica
+from es_megatron.plan import Layout
+from es_megatron.trainer.model import forward_step
+from es_megatron.trainer.settings import PretrainSettings
+
+Chunks = list[DistributedDataParallel]
+MicroBatches = list[dict[str, Tensor]]
+
+TIMED_RUNS = 3
+
+
+class Passes(NamedTuple):
+    """What every pass needs."""
+
+    settings: PretrainSettings
+    chunks: Chunks
+    schedule: Callable[..., Any]
+    """Megatron-Core's own forward-backward function."""
+    replica: Replica
+    loss_source: int
+
+    def run(self, micro_batches: MicroBatches, **changes: Any) -> Any:
+        """Call the schedule on micro-batches that every data-reading rank has."""
+        size = len(micro_batches[0]["tokens"])
+        single = len(self.chunks) == 1
+        return self.schedule(
+            forward_step_func=changes.pop("forward_step_func", forward_step),
+            data_iterator=iter(micro_batches) if single else [iter(micro_batches) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=self.settings.model.seq_length,
+            micro_batch_size=size,
+            **changes,
+        )
+
+
+def score(passes: Passes, micro_batches: MicroBatches) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+    """Mean token loss of each sequence, forward only; None on ranks without losses."""
+
+    def scoring_step(*args: Any, **kwargs: Any) -> Any:
+        output, loss_func = forward_step(*args, **kwargs)
+        return output, lambda out, non_loss_data=True: sequence_losses(out, mask_of_partial(loss_func))
+
+    with traceless(list(passes.chunks)), torch.no_grad():
+        found = passes.run(
+            micro_batches, forward_step_func=scoring_step, forward_only=True, collect_non_loss_data=True
+        )
+    return join(found)
+
+
+def evaluate(passes: Passes, domains: Mapping[str, Rows]) -> dict[str, float]:
+    """Mean validation loss of each domain in nats per token; collective.
+
+    Args:
+        passes: what a pass needs.
+        domains: validation rows by name; the first `eval_samples` of each are used.
+
+    Returns:
+        The same on every rank.
+    """
+    settings, replica = passes.settings, passes.replica
+    size = settings.training.micro_batch_size
+    multiple = size * (settings.parallel.pipeline if settings.parallel.chunks > 1 else 1)
+    losses: dict[str, float] = {}
+    for name, rows in domains.items():
+        count = min(settings.training.eval_samples, len(rows))  # pyright: ignore[reportArgumentType]
+        if count == 0:
+            continue
+        mine = np.arange(replica.dp_rank, count, replica.dp_size)
+        length = -(-(-(-count // replica.dp_size)) // multiple) * multiple
+        padded = np.resize(mine, length) if len(mine) else np.zeros(length, np.int64)  # repeats are not counted
+        samples = [rows[int(row)] for row in padded]
+        micro_batches = [collate(samples[start : start + size]) for start in range(0, length, size)]
+        found = score(passes, micro_batches)
+        own = np.zeros(length, np.float32) if found is None else found
+        own = replica.broadcast_over_mp(own, passes.loss_source)[: len(mine)]
+        total = replica.sum_over_dp(np.asarray([own.sum(dtype=np.float64), len(own)]))
+        losses[name] = float(total[0] / total[1])
+    return losses
+
+
+def calibrate(passes: Passes, zero: Callable[[], None]) -> Layout:
+    """Time forward and backward of this model on this layout; collective, leaves no trace.
+
+    Args:
+        passes: what a pass needs.
+        zero: zeroes the gradients.
+
+    Returns:
+        The layout with measured times in seconds, the same on every rank.
+    """
+    settings, parallel = passes.settings, passes.settings.parallel
+    dp_size = passes.replica.dp_size
+    own = settings.training.global_batch_size // dp_size
+    train_size = settings.training.micro_batch_size
+    score_size = settings.evolved_sampling.scoring_micro_batch_size or train_size
+    layout = Layout(own // train_size, own // score_size, parallel.pipeline, parallel.chunks)
+    stages = parallel.pipeline
+
+    def measure(size: int, count: int, run: Callable[[MicroBatches], Any]) -> float:
+        batches = [dummy_batch(settings, size) for _ in range(count)]
+        times: list[float] = []
+        for _ in range(TIMED_RUNS + 1):
+            zero()
+            passes.replica.barrier()
+            begin = time.perf_counter()
+            run(batches)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        told = float(passes.replica.tell(np.asarray([statistics.median(times[1:])]))[0])
+        return told / layout.pass_time(count, 1.0)
+
+    few = max(stages, 2) * (1 if stages == 1 else 2)
+    train_count, score_count = min(few, layout.micro_batches), min(few, layout.scoring_micro_batches)
+    forward = measure(train_size, train_count, lambda batches: score(passes, batches))
+    with traceless(list(passes.chunks)):
+        for chunk in passes.chunks:
+            chunk.train()
+        both = measure(train_size, train_count, passes.run)
+    zero()
+    scoring = forward if score_size == train_size else measure(score_size, score_count, lambda b: score(passes, b))
+    return Layout(
+        layout.micro_batches,
+        layout.scoring_micro_batches,
+        layout.pipeline,
+        layout.virtual,
+        forward,
+        max(both - forward, 0.0),
+        scoring,
+    )
+
+
+def dummy_batch(settings: PretrainSettings, size: int) -> dict[str, Tensor]:
+    """A micro-batch of one repeated token: its cost is that of any other."""
+    tokens = torch.ones(size, settings.model.seq_length, dtype=torch.int64)
+    positions = torch.arange(settings.model.seq_length).expand(size, -1).contiguous()
+    return {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}
+
+
+def reported_loss(results: Sequence[Mapping[str, Tensor]]) -> tuple[float, int]:
+    """Sum and count of the `lm loss` that a training call reports; (0, 0) on ranks without losses."""
+    values = [float(result["lm loss"]) for result in results]
+    return sum(values), len(values)
