@@ -1,4 +1,4 @@
-"""Settings of Evolved Sampling, checked once at construction, and the builder that reads any settings from a mapping."""
+"""Settings of Evolved Sampling, checked once at construction, and the builder that reads settings from a mapping."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class EvolvedSamplingConfig:
 
     arm: Arm = "es"
     """`es`, or a control arm on the same code path: `plain` (train on everything), `uniform` (a random b of B, no
-    scoring), `uniform-prune` (the same, and a random share of each epoch pruned), `shortened` (plain, cut to the cost of
-    the `es` run), `shuffled` (placebo: weights permuted within the meta-batch, kept masks within the component)."""
+    scoring), `uniform-prune` (the same, and a random share of each epoch pruned), `shortened` (plain, cut to the cost
+    of the `es` run), `shuffled` (placebo: weights permuted within the meta-batch, kept masks within the component)."""
 
     beta1: float = 0.2
     """Share of the old score in the sampling weight, in [0, 1] (beta_1 of eq. 2.5)."""
@@ -39,8 +39,8 @@ class EvolvedSamplingConfig:
     """Decay of the score, in [0, 1) (beta_2 of eq. 2.5). None: the paper's 0.9 without pruning, 0.8 with it."""
 
     keep_ratio: float = 0.25
-    """Share of the meta-batch that gets a backward pass, in (0, 1] (b/B). b must come out a multiple of micro-batch size
-    times data-parallel size."""
+    """Share of the meta-batch that gets a backward pass, in (0, 1] (b/B). b must come out a multiple of micro-batch
+    size times data-parallel size."""
 
     pruning_ratio: float = 0.0
     """Share of every component left out of each of its pruned epochs, in [0, 1) (r). 0 is ES, above it ESWP."""
@@ -124,8 +124,8 @@ class EvolvedSamplingConfig:
         if self.correction == "debiased" and self.decay**255 >= MAX_SATURATION_WEIGHT:
             limit = MAX_SATURATION_WEIGHT ** (1 / 255)
             raise ConfigError(
-                f"`beta2` must be below {limit:.4f} with `score_correction: debiased`, but is {self.decay} instead: visits "
-                "are counted up to 255 only. Use a smaller `beta2` or `score_correction: paper`."
+                f"`beta2` must be below {limit:.4f} with `score_correction: debiased`, but is {self.decay} instead: "
+                "visits are counted up to 255 only. Use a smaller `beta2` or `score_correction: paper`."
             )
 
     @property

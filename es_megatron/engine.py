@@ -22,7 +22,7 @@ from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
-from es_megatron.errors import CheckpointError, LossError
+from es_megatron.errors import CheckpointError, LayoutError, LossError
 from es_megatron.parallel import Replica
 from es_megatron.plan import Plan, plan_run
 from es_megatron.scores.store import ScoreStore
@@ -34,6 +34,9 @@ Int64 = npt.NDArray[np.int64]
 LOGGER = logging.getLogger(__name__)
 
 NAMED_BAD_ROWS = 8
+
+REPLICA_CHECK_INTERVAL = 1000
+"""Iterations between comparisons of the copies of the scores, which read all of them."""
 
 
 class Work(NamedTuple):
@@ -193,6 +196,29 @@ class EvolvedSampling:
             self.store.discard()
         self.iteration += 1
         self.sampler.forget(self.iteration)
+        if self.iteration % REPLICA_CHECK_INTERVAL == 0:
+            self.check_replicas()
+
+    def check_replicas(self) -> None:
+        """Compare the copies of each score range across tensor and pipeline ranks; collective over the world.
+
+        Raises:
+            LayoutError: on every rank, if copies differ.
+        """
+        if self.replica.mp_size == 1:
+            return
+        own = (self.replica.dp_rank, self.replica.mp_rank, self.store.checksum())
+        copies: dict[int, dict[int, int]] = {}
+        for data_rank, model_rank, checksum in self.replica.gather_objects(own):
+            copies.setdefault(data_rank, {})[model_rank] = checksum
+        for data_rank, checksums in sorted(copies.items()):
+            if len(set(checksums.values())) > 1:
+                raise LayoutError(
+                    f"The scores of data-parallel rank {data_rank} must be equal on its tensor- and pipeline-parallel "
+                    f"ranks, but differ before iteration {self.iteration} (checksums by rank: {checksums}). Resume from the last "
+                    "checkpoint; "
+                    "if it comes again, look for a rank with faulty memory or other software."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Position and terms of the run, JSON-able; scores and masks are arrays of their own."""
@@ -336,8 +362,8 @@ class EvolvedSampling:
         told = f"{len(bad)} of {len(loss)} sequences of iteration {self.iteration} have a non-finite loss: {rows}"
         if len(bad) > self.config.max_bad_losses * self.meta_batch:
             raise LossError(
-                f"{told}. That is more than `max_bad_losses` = {self.config.max_bad_losses} of the meta-batch. Look at these "
-                "rows, lower the learning rate, or check the precision; resume from the last checkpoint."
+                f"{told}. That is more than `max_bad_losses` = {self.config.max_bad_losses} of the meta-batch. Look at "
+                "these rows, lower the learning rate, or check the precision; resume from the last checkpoint."
             )
         LOGGER.warning("%s; they are left out", told)
 
@@ -351,7 +377,9 @@ class EvolvedSampling:
             chosen=batch.id[positions],
             components=batch.component[positions],
             meta_loss=float(loss[finite].mean(dtype=np.float64)) if finite.all() else float("nan"),
-            chosen_loss=float(chosen[np.isfinite(chosen)].mean(dtype=np.float64)) if np.isfinite(chosen).any() else float("nan"),
+            chosen_loss=float(chosen[np.isfinite(chosen)].mean(dtype=np.float64))
+            if np.isfinite(chosen).any()
+            else float("nan"),
             bad=int(np.count_nonzero(~finite)) if scored else 0,
             seconds=dict(self._seconds),
         )

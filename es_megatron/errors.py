@@ -25,3 +25,7 @@ class LossError(EsError):
 
 class LayoutError(EsError):
     """The parallel layout cannot hold the run: world size, stages, micro-batches."""
+
+
+class PatchError(EsError):
+    """An upstream is not as the patches of it rely on: version, missing name, changed signature."""

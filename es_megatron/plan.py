@@ -1,7 +1,7 @@
 """What a run will do and cost, before its first iteration: iterations, passes, tokens, predicted saving.
 
-Costs count sequences in forward units: a forward is 1, a backward is 2, so training on a sequence costs 3 and scoring one
-costs 1. A layout with pipeline stages pays its ramps on top, per pass (1F1B: (p-1)/v micro-batches of idle time).
+Costs count sequences in forward units: a forward is 1, a backward is 2, so training on a sequence costs 3 and scoring
+one costs 1. A layout with pipeline stages pays its ramps on top, per pass (1F1B: (p-1)/v micro-batches of idle time).
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def plan_run(
     """
     if meta_batch % quantum:
         raise ConfigError(
-            f"The meta-batch (global batch size) must be a multiple of {quantum} (micro-batch size times data-parallel size, "
-            f"times pipeline size when interleaved), but is {meta_batch} instead. Use {nearest(meta_batch, quantum)}."
+            f"The meta-batch (global batch size) must be a multiple of {quantum} (micro-batch size times data-parallel "
+            f"size, times pipeline size when interleaved), but is {meta_batch} instead. Use {nearest(meta_batch, quantum)}."
         )
     if train_samples < 1:
         raise ConfigError(f"`train_samples` must be >= 1, but is {train_samples} instead.")
@@ -135,8 +135,8 @@ def kept_of(config: EvolvedSamplingConfig, meta_batch: int, quantum: int) -> int
     if abs(exact - kept) > 1e-6 or kept % quantum or kept < quantum:
         near = nearest(exact, quantum)
         raise ConfigError(
-            f"`keep_ratio` times the meta-batch must be a multiple of {quantum} (micro-batch size times data-parallel size, "
-            f"times pipeline size when interleaved), but is {exact:g} instead. Use `keep_ratio` {near / meta_batch:g} "
+            f"`keep_ratio` times the meta-batch must be a multiple of {quantum} (micro-batch size times data-parallel "
+            f"size, times pipeline size when interleaved), but is {exact:g} instead. Use `keep_ratio` {near / meta_batch:g} "
             f"(b = {near}), a smaller micro-batch, or a larger meta-batch."
         )
     return kept
@@ -213,25 +213,26 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     config, names = plan.config, [component.name for component in plan.schedule.manifest.components]
     tokens = 1e-6 * seq_length
     predicted, limit = predict(plan, layout), predict(plan, nominal(layout))
-    lines = [
-        f"plan: arm {config.arm}, B = {plan.meta_batch}, b = {plan.kept}, scorer {config.scorer if config.scores else 'none'}, "
-        f"r = {config.pruning_ratio if config.prunes else 0:g}, anneal {config.anneal:g}",
-        f"  iterations          {plan.schedule.iterations} (plain: {plan.plain_iterations}), "
-        f"of which {plan.evolving_iterations} select",
-        "  passes              " + ", ".join(f"{name} {count:.2f}" for name, count in zip(names, plan.passes, strict=True)),
-        f"  tokens forwarded    {(plan.sequences_scored + plan.sequences_trained) * tokens:.2f} M",
-        f"  tokens trained      {plan.sequences_trained * tokens:.2f} M (plain: {plan.plain_iterations * plan.meta_batch * tokens:.2f} M)",
-        f"  predicted saving    {limit.saving:.1%} nominal (backward = 2 forward), {limit.selecting:.1%} while selecting",
-    ]
+    scorer, ratio = config.scorer if config.scores else "none", config.pruning_ratio if config.prunes else 0.0
+    passes = ", ".join(f"{name} {count:.2f}" for name, count in zip(names, plan.passes, strict=True))
+    forwarded = (plan.sequences_scored + plan.sequences_trained) * tokens
+    plain = plan.plain_iterations * plan.meta_batch * tokens
+    rows = {
+        "iterations": f"{plan.schedule.iterations} (plain: {plan.plain_iterations}), {plan.evolving_iterations} select",
+        "passes": passes,
+        "tokens forwarded": f"{forwarded:.2f} M",
+        "tokens trained": f"{plan.sequences_trained * tokens:.2f} M (plain: {plain:.2f} M)",
+        "predicted saving": f"{limit.saving:.1%} nominal (backward = 2 forward), {limit.selecting:.1%} while selecting",
+    }
     if calibrated:
-        lines.append(
-            f"                      {predicted.saving:.1%} calibrated (backward = {layout.backward / layout.forward:.2f} forward "
-            f"on this machine), {predicted.selecting:.1%} while selecting"
-        )
+        measured = f"backward = {layout.backward / layout.forward:.2f} forward on this machine"
+        rows[""] = f"{predicted.saving:.1%} calibrated ({measured}), {predicted.selecting:.1%} while selecting"
+    head = f"B = {plan.meta_batch}, b = {plan.kept}, scorer {scorer}, r = {ratio:g}, anneal {config.anneal:g}"
+    lines = [f"plan: arm {config.arm}, {head}", *(f"  {name:18}{value}" for name, value in rows.items())]
     if plan.evolving_iterations and min(predicted.saving, limit.saving) <= 0:
         lines.append(
-            "  WARNING: this run costs more than the plain one: scoring costs more than the skipped backward passes save. "
-            "Lower `keep_ratio`, use more micro-batches per rank, or the `history` scorer."
+            "  WARNING: this run costs more than the plain one: scoring costs more than the skipped backward passes "
+            "save. Lower `keep_ratio`, use more micro-batches per rank, or the `history` scorer."
         )
     return "\n".join(lines)
 
@@ -252,6 +253,6 @@ def check_micro_batches(plan: Plan, per_micro_batch: int, pipeline: int, virtual
         count = sequences // per_micro_batch
         if virtual > 1 and (count < pipeline or count % pipeline):
             raise LayoutError(
-                f"The {what} must be a multiple of {pipeline} micro-batches with interleaved pipeline stages, but has {count} "
-                "instead. Use a smaller micro-batch, a larger `keep_ratio`, or no virtual stages."
+                f"The {what} must be a multiple of {pipeline} micro-batches with interleaved pipeline stages, but has "
+                f"{count} instead. Use a smaller micro-batch, a larger `keep_ratio`, or no virtual stages."
             )

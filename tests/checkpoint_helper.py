@@ -174,13 +174,18 @@ class Disk:
 
     def makedirs(self, path: Any, exist_ok: bool = False) -> None:
         self._step(path)
-        self._new.add(str(path))
+        self._new |= {str(folder) for folder in (path, *path.parents) if not folder.exists()}
         os.makedirs(path, exist_ok=exist_ok)
 
     def wrote(self, path: Path) -> None:
         """Somebody else, too, may tell what it wrote without a flush."""
         self._unflushed.add(str(path))
         self._new.add(str(path))
+
+    def at_risk(self) -> list[str]:
+        """What a loss of power could still take back."""
+        renamed = {new for _, new, _ in self._renames}
+        return sorted(path for path in self._unflushed | self._new | renamed if Path(path).exists())
 
     def losses(self) -> list[tuple[tuple[str, str, bytes | None], ...]]:
         """All sets of renames that a loss of power may undo now."""

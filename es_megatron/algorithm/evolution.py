@@ -52,7 +52,7 @@ def evolve(loss_B: Float32, old_B: Float32, used_B: Float32, beta1: float, beta2
 
 
 def usable_scores(
-    score: Float32, visits: UInt8, beta2: float, start: float, correction: Correction, unseen: float
+    score: Float32, visits: UInt8, beta2: float, start: float, correction: Correction, unseen: float | Float32
 ) -> Float32:
     """Scores as they are used for choosing.
 

@@ -1,7 +1,7 @@
 """Which data-parallel rank owns the score of a sample.
 
-The id range [0, n) is cut into *virtual shards* by a rule that knows n alone, and a rank owns whole virtual shards. So a
-checkpoint holds the same pieces whatever the number of ranks, and moving to another number of ranks moves pieces.
+The id range [0, n) is cut into *virtual shards* by a rule that knows n alone, and a rank owns whole virtual shards. So
+a checkpoint holds the same pieces whatever the number of ranks, and moving to another number of ranks moves pieces.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def race(weight: AnyFloat, uniform: Float64, count: int) -> Race:
     drawable = int(np.count_nonzero(weight))
     if drawable < count:
         raise LossError(
-            f"At least {count} sequences of the meta-batch must have a finite loss to be chosen from, but {drawable} of "
-            f"{len(weight)} have. Look for the named rows in the data, lower the learning rate, or check the precision."
+            f"At least {count} sequences of the meta-batch must have a finite loss to be chosen from, but {drawable} "
+            f"of {len(weight)} have. Look at the named rows, lower the learning rate, or check the precision."
         )
     keys = race_keys(weight, uniform)
     order = np.argsort(keys, kind="stable")
@@ -114,8 +114,8 @@ def assign(chosen: Int64, owner: Int64, ranks: int) -> list[Int64]:
 def positions_of(rank: int, ranks: int, meta_batch: int, micro_batch: int) -> Int64:
     """Positions of the meta-batch that a data-parallel rank loads, micro-batch by micro-batch.
 
-    The order of upstream's `MegatronPretrainingSampler`: global micro-batch k holds positions [k*mbs*ranks, ...), of which
-    rank d takes the d-th run of mbs.
+    The order of upstream's `MegatronPretrainingSampler`: global micro-batch k holds positions [k*mbs*ranks, ...), of
+    which rank d takes the d-th run of mbs.
 
     Returns:
         int64[meta_batch / ranks].

@@ -155,6 +155,7 @@ def retire(path: Path) -> None:
     removed = sibling(path, REMOVED)
     remove_tree(removed)
     os.rename(path, removed)
+    sync_folder(path.parent)
     remove_tree(removed)
 
 

@@ -47,7 +47,9 @@ class Component:
                 "Give it more text or a shorter `seq_length`."
             )
         if not (self.weight >= 0 and np.isfinite(self.weight)):
-            raise DataError(f"`weight` of component `{self.name}` must be finite and >= 0, but is {self.weight} instead.")
+            raise DataError(
+                f"`weight` of component `{self.name}` must be finite and >= 0, but is {self.weight} instead."
+            )
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class Manifest:
         if not names:
             raise DataError("The blend must have at least 1 component, but has none.")
         if len(set(names)) != len(names):
-            raise DataError(f"Names of components must be unique, but are {names} instead. Rename one in the blend file.")
+            raise DataError(
+                f"Names of components must be unique, but are {names} instead. Rename one in the blend file."
+            )
         if not sum(component.weight for component in self.components) > 0:
             raise DataError("At least one component must have a weight above 0.")
 

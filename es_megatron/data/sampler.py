@@ -65,9 +65,11 @@ class Sampler:
         order = np.lexsort((place.epoch, component))
         key = np.stack([component[order], place.epoch[order]])
         starts = np.flatnonzero(np.concatenate([[True], (key[:, 1:] != key[:, :-1]).any(axis=0)]))
-        for part in np.split(order, starts[1:]):
+        for part in np.split(order, starts[1:]) if len(order) else []:
             at = part[0]
-            row[part] = self._rows_of_epoch(int(component[at]), int(place.epoch[at]), place.index[part], bool(place.pruned[at]))
+            row[part] = self._rows_of_epoch(
+                int(component[at]), int(place.epoch[at]), place.index[part], bool(place.pruned[at])
+            )
         return component, place.epoch, row
 
     def forget(self, iteration: int) -> None:
@@ -83,8 +85,9 @@ class Sampler:
         mask = self.masks.get((component, epoch))
         if mask is None:
             raise ConfigError(
-                f"Epoch {epoch} of component `{self.manifest.components[component].name}` is drawn before its kept mask is "
-                "decided. Set `mask_lag` to at least the iterations that the data loader prefetches, plus 1."
+                f"Epoch {epoch} of component `{self.manifest.components[component].name}` is drawn before its "
+                "kept mask is decided. Set `mask_lag` to at least the iterations that the data loader prefetches, "
+                "plus 1."
             )
         return mask.select(self._permutation(component, epoch, mask.count)(index))
 

@@ -154,15 +154,17 @@ class Schedule:
         if low >= high:
             return []
         begin, end = self.blend.counts(low), self.blend.counts(high)
+        drawn = np.flatnonzero(end > begin)
+        first, last = self.epochs.place(drawn, begin[drawn]), self.epochs.place(drawn, end[drawn] - 1)
+        fresh = first.epoch + (first.index > 0)  # first epoch that begins here, if any does
         found: list[DueEpoch] = []
-        for component in np.flatnonzero(end > begin):
-            place = self.epochs.place(component, np.asarray([begin[component], end[component] - 1]))
-            first_epoch = int(place.epoch[0]) + (1 if place.index[0] > 0 else 0)
-            for epoch in range(first_epoch, int(place.epoch[1]) + 1):
-                draw = int(self.epochs.start(component, epoch))
-                if bool(self.epochs.place(component, np.asarray([draw])).pruned[0]):
-                    where = self.blend.position(int(component), draw) // self.meta_batch
-                    found.append(DueEpoch(int(component), epoch, where))
+        for at in np.flatnonzero(fresh <= last.epoch):
+            component = int(drawn[at])
+            starting = np.arange(fresh[at], last.epoch[at] + 1)
+            draw = self.epochs.start(component, starting)
+            pruned = self.epochs.place(component, draw).pruned
+            for epoch, number in zip(starting[pruned].tolist(), draw[pruned].tolist(), strict=True):
+                found.append(DueEpoch(component, epoch, self.blend.position(component, number) // self.meta_batch))
         return found
 
     def _fit(self, anneal: float) -> tuple[Phases, int]:

@@ -109,6 +109,7 @@ class MetaBatchFeed:
             prefetch_factor=self._prefetch if self._workers else None,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # a loader that starts draws a seed: not from the model's dropout
         )
         return iter(loader)
 

@@ -1,8 +1,8 @@
 """Evolved Sampling around Megatron-Core's forward-backward schedules.
 
 The schedules themselves are upstream's: this wraps the function that `get_forward_backward_func()` returns. A training
-call becomes a forward-only call over the meta-batch, a choice, and a call with fewer micro-batches. Middle pipeline stages
-hold no data; they get losses and choice by broadcast.
+call becomes a forward-only call over the meta-batch, a choice, and a call with fewer micro-batches. Middle pipeline
+stages hold no data; they get losses and choice by broadcast.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from torch import Tensor
 
+from es_megatron.compatibility import CONTEXT_PARALLEL, OFF_VALUES, UNSUPPORTED
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.engine import EvolvedSampling, Trained, Work
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
+from es_megatron.frameworks.scoring import join, sequence_losses, traceless
 from es_megatron.parallel import Replica
 from es_megatron.plan import check_micro_batches
 
@@ -31,16 +33,6 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 Schedule = Callable[..., Any]
 LossMaskOf = Callable[[Callable[..., Any]], Tensor]
-
-UNSUPPORTED = {
-    "fp8": "FP8 keeps scaling history that the scoring pass would move",
-    "fp4": "FP4 keeps scaling history that the scoring pass would move",
-    "mtp_num_layers": "multi-token prediction adds losses that the score does not see",
-    "enable_cuda_graph": "a captured graph is bound to one micro-batch shape and mode",
-    "cuda_graph_impl": "a captured graph is bound to one micro-batch shape and mode",
-    "overlap_moe_expert_parallel_comm": "the combined forward-backward schedule has no forward-only pass per micro-batch",
-}
-OFF_VALUES = (None, False, 0, "none")
 
 
 def replica_of_parallel_state() -> tuple[Replica, int]:
@@ -75,24 +67,9 @@ def mask_of_partial(loss_func: Callable[..., Any]) -> Tensor:
     if isinstance(loss_func, functools.partial) and loss_func.args and isinstance(loss_func.args[0], Tensor):
         return loss_func.args[0]
     raise ConfigError(
-        "The forward step must return `(output, functools.partial(loss_func, loss_mask))` as Megatron-LM's does, but its "
-        f"loss function is {loss_func!r} instead. Pass `loss_mask_of`, a function from your loss function to its mask."
+        "The forward step must return `(output, functools.partial(loss_func, loss_mask))` as Megatron-LM's does, but "
+        f"its loss function is {loss_func!r} instead. Pass `loss_mask_of`, a function from your loss function to its mask."
     )
-
-
-def sequence_losses(output: Tensor, mask: Tensor) -> Tensor:
-    """Mean token loss of each sequence under its mask, detached; nan where no token counts.
-
-    Args:
-        output: token losses `[b, T]`.
-        mask: `[b, T]` or of as many elements.
-
-    Returns:
-        float32 `[b]`.
-    """
-    loss_BT = output.detach().float()
-    mask_BT = mask.detach().reshape(loss_BT.shape).float()
-    return torch.where(mask_BT > 0, loss_BT * mask_BT, 0.0).sum(dim=1) / mask_BT.sum(dim=1)
 
 
 class MegatronCoreSampling:
@@ -135,9 +112,9 @@ class MegatronCoreSampling:
         expected = engine.meta_batch // (engine.micro_batch * engine.replica.dp_size)
         if call["num_microbatches"] != expected or call["micro_batch_size"] != engine.micro_batch:
             raise ConfigError(
-                f"The schedule must be called with {expected} micro-batches of {engine.micro_batch}, but is called with "
-                f"{call['num_microbatches']} of {call['micro_batch_size']} instead. Attach with the run's own batch sizes; "
-                "batch-size ramp-up is not supported."
+                f"The schedule must be called with {expected} micro-batches of {engine.micro_batch}, but is called "
+                f"with {call['num_microbatches']} of {call['micro_batch_size']} instead. Attach with the run's own batch "
+                "sizes; batch-size ramp-up is not supported."
             )
 
 
@@ -217,42 +194,6 @@ class ScheduleCall:
         return [None if packed is None else iter(packed) for _ in self._chunks]
 
 
-def join(found: list[Tensor]) -> Float32 | None:
-    """Losses of all micro-batches as one CPU array; None where this stage has none."""
-    return torch.cat(found).float().cpu().numpy() if found else None
-
-
-@contextmanager
-def traceless(chunks: list[torch.nn.Module]) -> Iterator[None]:
-    """Leave no trace of what runs inside: modes, random states, buffers (MoE counters among them), upstream timers."""
-    modules = [(module, module.training) for chunk in chunks for module in chunk.modules()]
-    # by the class: Megatron's data-parallel wrapper has an attribute `buffers` of its own
-    buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in torch.nn.Module.buffers(chunk)]
-    configs = [config for chunk in chunks if (config := getattr(chunk, "config", None)) is not None]
-    timers = [(config, config.timers) for config in configs if hasattr(config, "timers")]
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    states, cpu_state = tracker.get_states(), torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    for chunk in chunks:
-        chunk.eval()
-    for config, _ in timers:
-        config.timers = None
-    try:
-        yield
-    finally:
-        for module, training in modules:
-            module.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for config, before in timers:
-            config.timers = before
-        tracker.set_states(states)
-        torch.set_rng_state(cpu_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state)
-
-
 @contextmanager
 def parameters_gathered(chunks: list[torch.nn.Module], gathered: bool) -> Iterator[None]:
     """Keep an interleaved schedule from gathering parameters again after the scoring pass has done so."""
@@ -285,12 +226,12 @@ def check_model(config: Any) -> None:
             )
     if config.context_parallel_size > 1:
         raise ConfigError(
-            f"`context_parallel_size` must be 1 with Evolved Sampling, but is {config.context_parallel_size} instead: losses of "
-            "one sequence would be spread over ranks. Use tensor or pipeline parallelism, or `arm: plain`."
+            f"`context_parallel_size` must be 1 with Evolved Sampling, but is {config.context_parallel_size} instead: "
+            f"{CONTEXT_PARALLEL}. Use tensor or pipeline parallelism, or `arm: plain`."
         )
 
 
-def attach(
+def attach(  # noqa: PLR0913 - one call says all
     config: EvolvedSamplingConfig,
     manifest: Manifest,
     rows: Rows | None,
@@ -358,6 +299,6 @@ def check_scoring_size(config: EvolvedSamplingConfig, own: int, pipeline: int, v
     if own % size or (own // size) % multiple:
         fitting = [s for s in range(1, own + 1) if own % s == 0 and (own // s) % multiple == 0]
         raise ConfigError(
-            f"`scoring_micro_batch_size` must cut a rank's {own} sequences into a multiple of {multiple} micro-batches, but is "
-            f"{size} instead. Use one of {fitting}."
+            f"`scoring_micro_batch_size` must cut a rank's {own} sequences into a multiple of {multiple} micro-batches, "
+            f"but is {size} instead. Use one of {fitting}."
         )

@@ -1,7 +1,8 @@
 """The sharded score store: 5 bytes a sample, each sample on one data-parallel rank.
 
 A rank holds the scores of one contiguous range of ids, and its tensor- and pipeline-parallel peers hold equal copies.
-`evolve` stages what a meta-batch changes and `commit` writes it, so a step that is skipped, or run twice, leaves no trace.
+`evolve` stages what a meta-batch changes and `commit` writes it, so a step that is skipped, or run twice, leaves no
+trace.
 """
 
 from __future__ import annotations
@@ -176,8 +177,8 @@ class ScoreStore:
         """
         if len(score) != len(self.score) or len(visits) != len(self.visits):
             raise CheckpointError(
-                f"The scores must cover {len(self.score)} samples of rank {self.replica.dp_rank}, but cover {len(score)} "
-                "instead. Load them for this run's data and data-parallel size."
+                f"The scores must cover {len(self.score)} samples of rank {self.replica.dp_rank}, but cover "
+                f"{len(score)} instead. Load them for this run's data and data-parallel size."
             )
         self.score, self.visits = np.array(score, dtype=np.float32), np.array(visits, dtype=np.uint8)
         self._staged = None

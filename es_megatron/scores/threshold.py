@@ -50,7 +50,9 @@ def find_bracket(sample: Float64, share: float) -> tuple[np.uint64, np.uint64]:
     )
 
 
-def split_by_bracket(blocks: Iterable[Float64], low: np.uint64, high: np.uint64, kept: Bool) -> tuple[int, Int64, UInt64]:
+def split_by_bracket(
+    blocks: Iterable[Float64], low: np.uint64, high: np.uint64, kept: Bool
+) -> tuple[int, Int64, UInt64]:
     """One pass: mark what is surely kept, put aside what lies in the bracket.
 
     Args:

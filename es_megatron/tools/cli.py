@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; a user's mistake prints one line and returns 2."""
     parser = argparse.ArgumentParser(prog="es-megatron", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    from es_megatron.tools import demo, prepare, pretrain  # noqa: PLC0415 - keeps `--help` of one from importing all
+    from es_megatron.tools import demo, prepare, pretrain
 
     for name, module in (("prepare", prepare), ("pretrain", pretrain), ("demo", demo)):
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.run(parsed))
     except EsError as error:
-        print(f"es-megatron {parsed.command}: error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"es-megatron {parsed.command}: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -13,11 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train to the end; returns 0."""
-    from es_megatron.frameworks import cpu  # noqa: PLC0415 - the layer must stand before megatron is imported
+    from es_megatron.frameworks import cpu
 
     cpu.install()
-    from es_megatron.trainer.loop import pretrain  # noqa: PLC0415
-    from es_megatron.trainer.settings import load_settings  # noqa: PLC0415
+    from es_megatron.trainer.loop import pretrain
+    from es_megatron.trainer.settings import load_settings
 
     pretrain(load_settings(arguments.config, arguments.overrides))
     return 0

@@ -18,6 +18,9 @@ from megatron.core.models.gpt import GPTModel
 from es_megatron.trainer.settings import ModelSettings
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+GATED = "mlp.linear_fc1.weight"
+"""With SwiGLU gate and up projection in one matrix; each tensor-parallel rank has a share of both."""
+
 RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
@@ -43,7 +46,8 @@ def set_initial_weights(model: GPTModel, settings: ModelSettings) -> None:
         if key.endswith(RESIDUAL_WRITERS):
             std /= math.sqrt(2 * settings.num_layers)
         whole = draw_normal(settings.init_seed, key, whole_shape(weight)) * np.float32(std)
-        weight.copy_(own_part(torch.from_numpy(whole), weight))
+        blocks = 2 if settings.swiglu and key.endswith(GATED) else 1
+        weight.copy_(own_part(torch.from_numpy(whole), weight, blocks))
 
 
 def global_name(model: GPTModel, name: str) -> str:
@@ -73,13 +77,13 @@ def whole_shape(weight: torch.Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def own_part(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Take this tensor-parallel rank's part: an equal share of each of `partition_stride` blocks (SwiGLU: gate, up)."""
+def own_part(whole: torch.Tensor, weight: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Take this tensor-parallel rank's part: an equal share of each of so many blocks along the axis that is split."""
     if not is_split(weight):
         return whole
-    axis, stride = partition_axis(weight), int(getattr(weight, "partition_stride", 1))
+    axis = partition_axis(weight)
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    return torch.cat([block.chunk(size, axis)[rank] for block in whole.chunk(stride, axis)], axis)
+    return torch.cat([block.chunk(size, axis)[rank] for block in whole.chunk(blocks, axis)], axis)
 
 
 def is_split(weight: torch.Tensor) -> bool:

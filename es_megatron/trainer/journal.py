@@ -71,7 +71,7 @@ class Journal:
         if self._bar is not None:
             self._bar.write(text)
         else:
-            print(text, flush=True)  # noqa: T201 - the log of the run
+            print(text, flush=True)
         if self._log is not None:
             self._log.write(text + "\n")
             self._log.flush()
@@ -135,9 +135,9 @@ def open_audit(path: Path, start: int) -> TextIO:
 def open_board(path: Path, start: int) -> Any:
     """Open a TensorBoard writer that hides what a resume runs again."""
     try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional dependency
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("`run.tensorboard` must be off without TensorBoard. Install `es_megatron[report]`.") from error
+        raise ConfigError(
+            "`run.tensorboard` must be off without TensorBoard. Install `es_megatron[report]`."
+        ) from error
     return SummaryWriter(str(path), purge_step=start)  # pyright: ignore[reportUnknownVariableType]
-
-

@@ -1,4 +1,4 @@
-"""The reference pretraining loop: Megatron-Core's model, optimizer and schedules, with Evolved Sampling between them."""
+"""The reference pretraining loop, over a backend: when to evaluate, save, log and end."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.compatibility import check_manifest
 from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
 from es_megatron.checkpoint.rotation import CheckpointDirectory
 from es_megatron.data.mask import KeptMask
-from es_megatron.frameworks.megatron_core import MegatronCoreSampling, attach
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
 from es_megatron.metrics import LogEntry, RunTotals
 from es_megatron.parallel import Replica
 from es_megatron.plan import Layout, describe, nominal, predict
+from es_megatron.trainer.backend import Backend, Iteration, build_backend, start, stop
 from es_megatron.trainer.journal import Journal
-from es_megatron.trainer.model import build_model, forward_step, initialize, settled_weights, shutdown, transformer_config
-from es_megatron.trainer.model_state import load_model, save_model
-from es_megatron.trainer.optimizer import build_optimizer, build_scheduler, learning_rate, step, zero_gradients
-from es_megatron.trainer.passes import Passes, calibrate, evaluate, reported_loss
 from es_megatron.trainer.settings import PretrainSettings
 
 LOGGER = logging.getLogger(__name__)
@@ -47,35 +42,19 @@ class Trainer:
         """
         self.settings = settings
         training = settings.training
-        initialize(settings)
+        start(settings)
         with agreed(Replica.data_parallel(), "open the data"):
             blend = load_blend(settings.data.blend, settings.model.seq_length)
         self.blend: LoadedBlend = blend
         samples = training.train_samples or max(1, round((training.passes or 1.0) * blend.manifest.total))
-        self.sampling: MegatronCoreSampling = attach(
-            settings.evolved_sampling,
-            blend.manifest,
-            blend.rows,
-            model_config=transformer_config(settings),
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            train_samples=samples,
-            workers=settings.data.num_workers,
-            prefetch=settings.data.prefetch,
-        )
-        self.engine = self.sampling.engine
+        self.backend: Backend = build_backend(settings, blend, samples)
+        self.engine = self.backend.engine
         self.replica = self.engine.replica
-        self.chunks = build_model(settings, blend.vocab_size)
-        self.optimizer = build_optimizer(settings, self.chunks)
-        self.scheduler = build_scheduler(settings, self.optimizer, self.engine.plan.schedule.iterations)
-        schedule = get_forward_backward_func()
-        self.passes = Passes(settings, self.chunks, schedule, self.replica, self.sampling.loss_source)
-        self.forward_backward = self.sampling.wrap(schedule)
         self.totals = RunTotals(len(blend.manifest.components), training.global_batch_size)
         self.checkpoints = CheckpointDirectory(
             settings.run.directory / "checkpoints", settings.run.keep_checkpoints, self.replica
         )
-        self.layout: Layout = calibrate(self.passes, self._zero)
+        self.layout: Layout = self.backend.calibrate()
         self.evaluations: list[dict[str, Any]] = []
         if settings.run.resume:
             self._restore()
@@ -107,38 +86,21 @@ class Trainer:
         window = Window()
         while self.engine.iteration < iterations and not self._agreed_stop():
             began = time.perf_counter()
-            self._zero()
-            results: Any = self.forward_backward(
-                forward_step_func=forward_step,
-                data_iterator=None if len(self.chunks) == 1 else [None for _ in self.chunks],
-                model=self.chunks,
-                num_microbatches=len(self.engine.own) // training.micro_batch_size,
-                seq_length=self.settings.model.seq_length,
-                micro_batch_size=training.micro_batch_size,
-            )
-            updating = time.perf_counter()
-            succeeded, norm = step(self.optimizer)
-            rate = learning_rate(self.optimizer)
-            if succeeded:
-                self.scheduler.step(1)
-            self.sampling.finish(succeeded)
-            ended = time.perf_counter()
+            iteration = self.backend.iterate()
+            elapsed = time.perf_counter() - began
             record = self.engine.last
-            assert record is not None  # noqa: S101 - `finish` has just closed it
-            self.totals.add(record, {"optimizer": ended - updating, "step": ended - began}, succeeded=succeeded)
-            window.add(results, norm, ended - began, record, succeeded=succeeded)
+            assert record is not None  # noqa: S101 - the iteration has just set it
+            self.totals.add(record, {"optimizer": iteration.updating, "step": elapsed}, succeeded=iteration.succeeded)
+            window.add(iteration, elapsed, record)
             journal.advance(record)
             done = self.engine.iteration
             if done % training.log_interval == 0 or done == iterations:
-                self._log(journal, window, rate)
+                self._log(journal, window, iteration.rate)
                 window = Window()
             if training.eval_interval and done % training.eval_interval == 0 and done < iterations:
                 self._evaluate(journal)
             if run.save_interval and done % run.save_interval == 0 and done < iterations:
                 self._save(journal)
-
-    def _zero(self) -> None:
-        zero_gradients(self.chunks, self.optimizer)
 
     def _agreed_stop(self) -> bool:
         """Whether world rank 0 was asked to end; launchers send the signal to all ranks."""
@@ -157,7 +119,7 @@ class Trainer:
 
     def _log(self, journal: Journal, window: Window, rate: float) -> None:
         """Mean loss since the last line; collective."""
-        own = self.replica.broadcast_over_mp(np.asarray(window.loss), self.sampling.loss_source)
+        own = self.replica.broadcast_over_mp(np.asarray(window.loss), self.backend.loss_source)
         loss_sum, count = self.replica.sum_over_dp(own)
         steps = max(window.steps, 1)
         score, train = window.seconds.get("score", 0.0), window.seconds.get("train", 0.0)
@@ -182,8 +144,7 @@ class Trainer:
     def _evaluate(self, journal: Journal) -> None:
         if not self.settings.training.eval_samples or not self.blend.validation:
             return
-        with settled_weights(self.chunks):
-            losses = evaluate(self.passes, self.blend.validation)
+        losses = self.backend.evaluate(self.blend.validation)
         if losses:
             losses["mean"] = sum(losses.values()) / len(losses)
             self.evaluations.append({"iteration": self.engine.iteration, **losses})
@@ -193,10 +154,10 @@ class Trainer:
         """Write model and ES state of this iteration; the marker that makes them count comes last."""
         began = time.perf_counter()
         iteration, store = self.engine.iteration, self.engine.store
+        self.engine.check_replicas()
         partial = self.checkpoints.begin(iteration)
         with agreed(self.replica, f"save iteration {iteration}", lambda: None):
-            with settled_weights(self.chunks):
-                save_model(partial / MODEL, self.chunks, self.optimizer, self.scheduler, iteration)
+            self.backend.save(partial / MODEL)
             save_es_state(
                 partial / ES_STATE,
                 ScoreRange(self.blend.manifest.total, store.low, store.score, store.visits),
@@ -226,7 +187,7 @@ class Trainer:
         self.engine.store.load(state.score, state.visits)
         self.totals.load_state_dict(state.state["totals"])
         self.evaluations = list(state.state["evaluations"])
-        load_model(found / MODEL, self.chunks, self.optimizer, self.scheduler)
+        self.backend.load(found / MODEL)
         self._saved_at = self.engine.iteration
         LOGGER.info("resumed from %s at iteration %d", found, self.engine.iteration)
 
@@ -273,12 +234,11 @@ class Window:
         self.kept = 0
         self.seconds: dict[str, float] = {}
 
-    def add(self, results: Any, norm: float, elapsed: float, record: Any, *, succeeded: bool) -> None:
+    def add(self, iteration: Iteration, elapsed: float, record: Any) -> None:
         """Count one iteration."""
-        total, count = reported_loss(results)
-        self.loss[0] += total
-        self.loss[1] += count
-        self.norm = norm if succeeded else self.norm
+        self.loss[0] += iteration.loss_sum
+        self.loss[1] += iteration.loss_count
+        self.norm = iteration.norm if iteration.succeeded else self.norm
         self.elapsed += elapsed
         self.steps += 1
         self.kept = len(record.chosen)
@@ -295,4 +255,4 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     try:
         return Trainer(settings).run()
     finally:
-        shutdown()
+        stop()

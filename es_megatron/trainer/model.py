@@ -258,6 +258,7 @@ def _platform_settings(*, interleaved: bool) -> dict[str, Any]:
 def _join_process_group() -> None:
     backend = "gloo" if cpu.installed() else "nccl"
     if not cpu.installed():
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's order of communication and compute
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
         dist.init_process_group(backend)

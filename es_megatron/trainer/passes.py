@@ -5,28 +5,58 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from es_megatron.frameworks.feed import Rows, collate
-from es_megatron.frameworks.megatron_core import join, mask_of_partial, sequence_losses, traceless
+from es_megatron.frameworks.megatron_core import mask_of_partial
+from es_megatron.frameworks.scoring import join, sequence_losses, traceless
 from es_megatron.parallel import Replica
 from es_megatron.plan import Layout
 from es_megatron.trainer.model import forward_step
 from es_megatron.trainer.settings import PretrainSettings
 
 Chunks = list[DistributedDataParallel]
+Float32 = npt.NDArray[np.float32]
 MicroBatches = list[dict[str, Tensor]]
 
 TIMED_RUNS = 3
 
 
+class BarePasses(Protocol):
+    """The passes of a backend by themselves, without Evolved Sampling around them."""
+
+    @property
+    def settings(self) -> PretrainSettings:
+        """Of the run."""
+        ...
+
+    @property
+    def replica(self) -> Replica:
+        """This rank's place."""
+        ...
+
+    @property
+    def loss_source(self) -> int:
+        """Model-parallel rank that computes losses."""
+        ...
+
+    def score(self, micro_batches: MicroBatches) -> Float32 | None:
+        """Mean token loss of each sequence, forward only; None on ranks without losses."""
+        ...
+
+    def train(self, micro_batches: MicroBatches) -> None:
+        """Forward and backward, leaving no trace but gradients."""
+        ...
+
+
 class Passes(NamedTuple):
-    """What every pass needs."""
+    """Passes through Megatron-Core's schedule."""
 
     settings: PretrainSettings
     chunks: Chunks
@@ -49,22 +79,28 @@ class Passes(NamedTuple):
             **changes,
         )
 
+    def score(self, micro_batches: MicroBatches) -> Float32 | None:
+        """See `BarePasses.score`."""
 
-def score(passes: Passes, micro_batches: MicroBatches) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-    """Mean token loss of each sequence, forward only; None on ranks without losses."""
+        def scoring_step(*args: Any, **kwargs: Any) -> Any:
+            output, loss_func = forward_step(*args, **kwargs)
+            return output, lambda out, non_loss_data=True: sequence_losses(out, mask_of_partial(loss_func))
 
-    def scoring_step(*args: Any, **kwargs: Any) -> Any:
-        output, loss_func = forward_step(*args, **kwargs)
-        return output, lambda out, non_loss_data=True: sequence_losses(out, mask_of_partial(loss_func))
+        with traceless(list(self.chunks)), torch.no_grad():
+            found = self.run(
+                micro_batches, forward_step_func=scoring_step, forward_only=True, collect_non_loss_data=True
+            )
+        return join(found)
 
-    with traceless(list(passes.chunks)), torch.no_grad():
-        found = passes.run(
-            micro_batches, forward_step_func=scoring_step, forward_only=True, collect_non_loss_data=True
-        )
-    return join(found)
+    def train(self, micro_batches: MicroBatches) -> None:
+        """See `BarePasses.train`."""
+        with traceless(list(self.chunks)):
+            for chunk in self.chunks:
+                chunk.train()
+            self.run(micro_batches)
 
 
-def evaluate(passes: Passes, domains: Mapping[str, Rows]) -> dict[str, float]:
+def evaluate(passes: BarePasses, domains: Mapping[str, Rows]) -> dict[str, float]:
     """Mean validation loss of each domain in nats per token; collective.
 
     Args:
@@ -87,7 +123,7 @@ def evaluate(passes: Passes, domains: Mapping[str, Rows]) -> dict[str, float]:
         padded = np.resize(mine, length) if len(mine) else np.zeros(length, np.int64)  # repeats are not counted
         samples = [rows[int(row)] for row in padded]
         micro_batches = [collate(samples[start : start + size]) for start in range(0, length, size)]
-        found = score(passes, micro_batches)
+        found = passes.score(micro_batches)
         own = np.zeros(length, np.float32) if found is None else found
         own = replica.broadcast_over_mp(own, passes.loss_source)[: len(mine)]
         total = replica.sum_over_dp(np.asarray([own.sum(dtype=np.float64), len(own)]))
@@ -95,7 +131,7 @@ def evaluate(passes: Passes, domains: Mapping[str, Rows]) -> dict[str, float]:
     return losses
 
 
-def calibrate(passes: Passes, zero: Callable[[], None]) -> Layout:
+def calibrate(passes: BarePasses, zero: Callable[[], None]) -> Layout:
     """Time forward and backward of this model on this layout; collective, leaves no trace.
 
     Args:
@@ -129,13 +165,10 @@ def calibrate(passes: Passes, zero: Callable[[], None]) -> Layout:
 
     few = max(stages, 2) * (1 if stages == 1 else 2)
     train_count, score_count = min(few, layout.micro_batches), min(few, layout.scoring_micro_batches)
-    forward = measure(train_size, train_count, lambda batches: score(passes, batches))
-    with traceless(list(passes.chunks)):
-        for chunk in passes.chunks:
-            chunk.train()
-        both = measure(train_size, train_count, passes.run)
+    forward = measure(train_size, train_count, passes.score)
+    both = measure(train_size, train_count, passes.train)
     zero()
-    scoring = forward if score_size == train_size else measure(score_size, score_count, lambda b: score(passes, b))
+    scoring = forward if score_size == train_size else measure(score_size, score_count, passes.score)
     return Layout(
         layout.micro_batches,
         layout.scoring_micro_batches,

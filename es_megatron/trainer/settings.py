@@ -11,11 +11,13 @@ import yaml
 
 from es_megatron.config import EvolvedSamplingConfig, build, require, require_choice
 from es_megatron.errors import ConfigError, LayoutError
+from es_megatron.trainer.deepspeed_settings import DeepSpeedSettings, check_deepspeed
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 PositionEmbedding = Literal["rope", "learned"]
 Recompute = Literal["none", "full"]
 Precision = Literal["fp32", "bf16"]
+BackendName = Literal["megatron", "deepspeed"]
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,10 @@ class RunSettings:
 class PretrainSettings:
     """A whole run."""
 
+    backend: BackendName = "megatron"
+    """Who trains the same model on the same data: `megatron` (Megatron-Core's data-parallel wrapper, optimizer and
+    schedules) or `deepspeed` (its engine, with `pipeline` above 1 its pipeline engine)."""
+
     model: ModelSettings = field(default_factory=ModelSettings)
     """The GPT."""
 
@@ -302,11 +308,15 @@ class PretrainSettings:
     run: RunSettings = field(default_factory=RunSettings)
     """What is written, and where."""
 
+    deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
+    """What only DeepSpeed is told."""
+
     evolved_sampling: EvolvedSamplingConfig = field(default_factory=EvolvedSamplingConfig)
     """What gets a backward pass."""
 
     def __post_init__(self) -> None:
         """Check combinations of sections."""
+        require_choice("backend", self.backend, BackendName)
         model, parallel = self.model, self.parallel
         for name, size in (
             ("num_attention_heads", model.num_attention_heads),
@@ -319,6 +329,8 @@ class PretrainSettings:
         require(model.num_layers % pieces == 0, "num_layers", rule, model.num_layers)
         lag, prefetch = self.evolved_sampling.mask_lag, self.data.prefetch
         require(prefetch <= lag, "prefetch", f"at most `mask_lag` = {lag}", prefetch)
+        if self.backend == "deepspeed":
+            check_deepspeed(self.deepspeed, parallel, bf16=self.training.precision == "bf16")
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSettings:

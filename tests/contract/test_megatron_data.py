@@ -182,9 +182,10 @@ def test_a_file_that_is_cut_while_open_is_named(files: tuple[Path, list[np.ndarr
 def test_samples_do_not_share_memory(files: tuple[Path, list[np.ndarray]]) -> None:
     _, dataset = open_component("a", files[0], T)
     sample = dataset[0]
+    labels = sample["labels"].tolist()
     sample["tokens"].zero_()
     sample["loss_mask"].zero_()
-    assert sample["labels"].any()
+    assert sample["labels"].tolist() == labels
     assert dataset[0]["tokens"].any()
     assert dataset[0]["loss_mask"].all()
 
@@ -289,6 +290,8 @@ def test_short_empty_and_foreign_components_are_refused(tmp_path: Path) -> None:
     build(tmp_path / "b", [T + 1])
     component, dataset = open_component("b", tmp_path / "b", T)
     assert component.samples == len(dataset) == 1
+    build(tmp_path / "even", [2 * T])
+    assert len(open_component("even", tmp_path / "even", T)[1]) == 1, "a second row would want one more token"
     with pytest.raises(ConfigError, match="`seq_length` must be at least 1, but is 0"):
         open_component("b", tmp_path / "b", 0)
     build(tmp_path / "c", [])

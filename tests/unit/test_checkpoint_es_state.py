@@ -119,6 +119,17 @@ def test_shards_cut_by_another_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         check_whole(load(tmp_path / "es_state", 103, after), 103)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_saved_survives_a_loss_of_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    if again:
+        save(tmp_path / "es_state", 103, 1)
+    standin = Disk()
+    monkeypatch.setattr(disk, "os", standin)
+    save(tmp_path / "es_state", 103, 1, seed=4)
+    assert standin.steps > 0
+    assert standin.at_risk() == []
+
+
 def test_saving_again_replaces(saved: Path) -> None:
     save(saved, 103, 3, seed=5)
     check_whole(load(saved, 103, 2), 103, seed=5)
@@ -184,9 +195,12 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     mount = tmp_path / "small"
     mount.mkdir()
     program = shutil.which("mount")
-    if program is None or subprocess.run(
-        [program, "-t", "tmpfs", "-o", "size=200k", "tmpfs", mount], check=False, capture_output=True
-    ).returncode:
+    if (
+        program is None
+        or subprocess.run(
+            [program, "-t", "tmpfs", "-o", "size=200k", "tmpfs", mount], check=False, capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a small file system needs root")
     try:
         save(mount / "es_state", 1003, 2)

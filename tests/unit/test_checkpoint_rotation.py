@@ -221,6 +221,22 @@ def test_a_folder_that_ranks_do_not_share_is_told(tmp_path: Path, monkeypatch: p
     assert all("rank1 is seen by another rank only" in str(error) for error in errors)
 
 
+def test_beginning_does_not_clear_the_only_copy(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (tmp_path / "iter_0000005").rename(tmp_path / "iter_0000005.replaced")
+    (tmp_path / "iter_0000004.removed").mkdir()
+    CheckpointDirectory(tmp_path, 2, ALONE).begin(5)
+    assert names(tmp_path) == ["iter_0000005", "iter_0000005.partial", "latest"]
+    assert read(find(tmp_path) or Path()) == (5, "")
+
+
+def test_moving_into_place_does_not_clear_the_only_copy(tmp_path: Path) -> None:
+    (tmp_path / "x.replaced").mkdir()
+    with pytest.raises(FileNotFoundError):
+        disk.move_into_place(tmp_path / "x.partial", tmp_path / "x")
+    assert names(tmp_path) == ["x"]
+
+
 def test_keep_must_be_positive() -> None:
     with pytest.raises(ConfigError, match="`keep` must be at least 1, but is 0 instead"):
         CheckpointDirectory("x", 0, ALONE)
@@ -257,13 +273,15 @@ def attempt(root: Path, iteration: int, standin: Disk, monkeypatch: pytest.Monke
 
 
 def check_recovery(root: Path, iteration: int, allowed: list[tuple[int, str]]) -> tuple[int, str] | None:
-    """One of the allowed checkpoints is found, and the run can go on from it."""
+    """One of the allowed checkpoints is found, no other one is half gone, and the run can go on from it."""
     path = find(root)
     found = None if path is None else read(path)
     if found is None:
         assert len(allowed) == 1  # the first save of a run: there was nothing before
     else:
         assert found in allowed
+        for other in root.glob("iter_" + "[0-9]" * 7):
+            assert CheckpointDirectory(root, 2, ALONE)._verify(other.name) is None
     save(root, iteration, mark="after")
     assert read(find(root) or Path()) == (iteration, "after")
     assert not [name for name in names(root) if name.count(".")]
@@ -274,6 +292,7 @@ def count_steps(root: Path, scene: str, monkeypatch: pytest.MonkeyPatch) -> int:
     iteration, _ = prepare(root, scene)
     standin = Disk()
     assert attempt(root, iteration, standin, monkeypatch) is None
+    assert standin.at_risk() == []
     return standin.steps
 
 
@@ -313,6 +332,7 @@ def test_a_loss_of_power_at_any_step(tmp_path: Path, scene: str, monkeypatch: py
     assert undone > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 def test_an_error_at_any_step(tmp_path: Path, scene: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cause = errno.ENOSPC
@@ -328,6 +348,7 @@ def test_an_error_at_any_step(tmp_path: Path, scene: str, monkeypatch: pytest.Mo
             assert str(root) in str(error)
             assert os.strerror(cause) in str(error)
             assert not list(root.glob("*.partial"))
+            assert all((root / f"iter_{earlier:07d}").is_dir() for earlier in SCENES[scene][0])
         check_recovery(root, iteration, allowed)
         shutil.rmtree(root)
     assert failed > steps // 2

@@ -108,6 +108,10 @@ def test_batches_are_the_same_for_every_split_and_order_of_positions():
     np.testing.assert_array_equal(found, expected[:, everything])
 
 
+def test_no_positions_are_no_rows():
+    assert [part.shape for part in make_sampler().rows(np.empty(0, np.int64))] == [(0,)] * 3
+
+
 def test_ids_are_offset_plus_row():
     sampler = make_sampler()
     batch = sampler.batch(7)
@@ -128,6 +132,10 @@ def test_epochs_and_seeds_have_their_own_order():
     assert order(plain, 0) != order(plain, 1)
     assert order(plain, 0) != order(make_sampler(ratio=0.0, seed=6), 0)
     assert order(plain, 0) == order(make_sampler(ratio=0.0), 0)
+    pruned = make_sampler(ratio=0.3)
+    assert (2, 1) in pruned.masks
+    assert order(pruned, 1) != sorted(order(pruned, 1))
+    assert order(pruned, 1) != order(make_sampler(ratio=0.3, seed=6), 1)  # of the same kept rows
 
 
 def test_components_of_equal_size_do_not_share_an_order():

@@ -104,6 +104,22 @@ def test_both_ends_anneal_for_their_share_also_where_length_and_phases_do_not_ag
             assert not schedule.phases.evolving(iteration)
 
 
+def test_run_whose_length_and_phases_never_agree_ends_on_time_and_anneals_a_little_longer():
+    def iterations_needed(phases: Phases) -> int:
+        stood_for = Fraction(0)
+        for position, d in enumerate(epochs([100], itertools.repeat(0), 10, 0.2, phases.evolving), start=1):
+            stood_for += d.stands_for
+            if position % 10 == 0 and stood_for >= 900:
+                return position // 10
+        raise AssertionError
+
+    needed = {length: iterations_needed(Phases(length, 0.1)) for length in range(60, 91)}
+    assert all(length != needed[length] for length in needed)
+    schedule = Schedule(make_manifest([100]), 10, 900, anneal=0.1, pruning_ratio=0.2)
+    assert schedule.iterations == needed[schedule.phases.iterations] == 76
+    assert (schedule.phases.start, schedule.iterations - schedule.phases.stop) == (8, 10)  # a tenth is 8
+
+
 @settings(max_examples=80, deadline=None)
 @given(run=runs(), lag=st.integers(1, 9))
 def test_each_pruned_epoch_is_due_once_and_in_time(run, lag):
@@ -155,6 +171,13 @@ def test_part_draws_of_many_components_add_up():
             ended = position // 8
             break
     assert schedule.iterations == ended
+
+
+def test_thirds_of_a_draw_that_make_a_whole_one_are_not_lost():
+    # 3 components of 4 rows, of which 3 are kept: after 12 draws each further one stands for 4/3, three of them for 4
+    schedule = Schedule(make_manifest([4, 4, 4]), 3, 16, pruning_ratio=0.25)
+    assert schedule.blend.counts(15).tolist() == [5, 5, 5]
+    assert schedule.iterations == 5
 
 
 @pytest.mark.parametrize("samples", [2**31 + 5, 3_700_000_000, 5_000_000_000])

@@ -1,0 +1,330 @@
+"""What the DeepSpeed engines share: settings from the JSON, ranks, refusals, and the ES state beside each tag.
+
+Shape suffixes: B sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from es_megatron.checkpoint import disk
+from es_megatron.checkpoint.agreement import agreed
+from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
+from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.data.manifest import Manifest
+from es_megatron.data.mask import KeptMask
+from es_megatron.engine import EvolvedSampling, Trained, Work
+from es_megatron.errors import CheckpointError, ConfigError, LossError
+from es_megatron.frameworks.feed import MetaBatchFeed, Rows
+from es_megatron.parallel import Replica
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+LossOf = Callable[[Tensor, Tensor], Tensor]
+
+LOGGER = logging.getLogger(__name__)
+
+BLOCK = "evolved_sampling"
+ES_STATE = "es_state"
+LATEST = "latest"
+UNIVERSAL = "_universal"
+
+UNSUPPORTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "curriculum_learning": (
+        "it shortens sequences behind the sampler's back",
+        lambda engine: bool(engine.curriculum_enabled_legacy() or engine.curriculum_learning_enabled()),
+    ),
+    "random_ltd": (
+        "it drops tokens in training that the score would see",
+        lambda engine: bool(engine.random_ltd_enabled()),
+    ),
+    "progressive_layer_drop": (
+        "it drops layers in training that the score would pass",
+        lambda engine: bool(engine.pld_enabled()),
+    ),
+    "MoE layers": (
+        "their capacity in evaluation is another than in training",
+        lambda engine: bool(engine.has_moe_layers),
+    ),
+    "sequence_parallel_size": (
+        "losses of one sequence would be spread over ranks",
+        lambda engine: int(getattr(engine, "sequence_parallel_size", 1) or 1) > 1,
+    ),
+}
+"""Features of DeepSpeed that a scoring pass would get wrong: why, and whether an engine uses them."""
+
+
+def prepare() -> None:
+    """Keep DeepSpeed from compiling or guessing on a machine without CUDA; call it before DeepSpeed's first use.
+
+    `init_distributed` would build its shared-memory operation: minutes, and a hard error without a compiler.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError("DeepSpeed must be installed for its engines. Install `es_megatron[deepspeed]`.") from error
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def settings_of(engine: Any) -> EvolvedSamplingConfig:
+    """Settings in the `"evolved_sampling"` block of an engine's JSON.
+
+    Raises:
+        ConfigError: no such block, an unknown key, a value out of range.
+    """
+    found = engine._config._param_dict  # what DeepSpeed has read, from a dict or a file
+    if BLOCK not in found:
+        raise ConfigError(
+            f'The DeepSpeed configuration must have a block `"{BLOCK}": {{...}}`. Add it, or pass `config`.'
+        )
+    return build(EvolvedSamplingConfig, found[BLOCK], f'DeepSpeed configuration: "{BLOCK}"')
+
+
+def check_engine(engine: Any, config: EvolvedSamplingConfig) -> None:
+    """Refuse what would train or score wrongly.
+
+    Raises:
+        ConfigError: names the feature, why, and the cure.
+    """
+    if engine.bfloat16_enabled() and engine.zero_optimization_stage() == 0 and "adam" in optimizer_name(engine).lower():
+        raise ConfigError(
+            "`zero_optimization.stage` must be 1 or more with bf16 and Adam: DeepSpeed's bf16 optimizer without ZeRO takes a "
+            "step of its own at the start, which shifts Adam's bias correction. Use stage 1."
+        )
+    if config.arm == "plain":
+        return
+    for name, (reason, uses) in UNSUPPORTED.items():
+        if uses(engine):
+            raise ConfigError(
+                f"`{name}` must be off with Evolved Sampling: {reason}. Switch it off, or use `arm: plain`."
+            )
+
+
+def optimizer_name(engine: Any) -> str:
+    """Class of the optimizer inside DeepSpeed's wrapper."""
+    return type(getattr(engine.optimizer, "optimizer", engine.optimizer)).__name__
+
+
+def replica_of(place: tuple[int, int]) -> Replica:
+    """The grid of ranks from everybody's place in it; collective over the world.
+
+    Args:
+        place: this rank's data-parallel and model-parallel rank.
+    """
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, place)
+    ranks = {each: rank for rank, each in enumerate(places)}
+    data, model = (1 + max(each[axis] for each in places) for axis in (0, 1))
+    return Replica.of_grid([[ranks[d, m] for m in range(model)] for d in range(data)])
+
+
+def mean_loss(losses_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean loss over the unmasked tokens of a micro-batch, 0 where all are masked."""
+    mask_BT = mask_BT.float()
+    return (losses_BT.float() * mask_BT).sum() / mask_BT.sum().clamp(min=1)
+
+
+def discard_gradients(engine: Any) -> None:
+    """Forget the gradients of backward passes that no step followed, at every ZeRO stage."""
+    optimizer = engine.optimizer
+    engine.module.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
+    if hasattr(optimizer, "micro_step_id"):
+        optimizer.micro_step_id = -1  # the next backward pass overwrites what ZeRO has gathered
+    for name in ("averaged_gradients", "all_grad_tensors"):
+        gathered = getattr(optimizer, name, None)
+        if isinstance(gathered, dict) and engine.zero_optimization_stage() < 3:
+            for key in list(gathered):
+                gathered[key] = None
+    engine.micro_steps = 0
+
+
+class DeepSpeedSampling(ABC):
+    """Evolved Sampling attached to a DeepSpeed engine; the subclasses do the passes (`es_megatron.engine.Framework`)."""
+
+    def __init__(self, engine: EvolvedSampling, feed: MetaBatchFeed | None, deepspeed: Any, loss_source: int) -> None:
+        """Join the parts, and put the ES state beside the engine's checkpoints from now on.
+
+        Args:
+            engine: the step and its state.
+            feed: samples, None on ranks that read no data.
+            deepspeed: DeepSpeed's engine.
+            loss_source: model-parallel rank that computes losses.
+        """
+        self.engine, self.feed, self.deepspeed, self.loss_source = engine, feed, deepspeed, loss_source
+        self._own_save, self._own_load = deepspeed.save_checkpoint, deepspeed.load_checkpoint
+        deepspeed.save_checkpoint, deepspeed.load_checkpoint = self.save_checkpoint, self.load_checkpoint
+
+    def detach(self) -> None:
+        """Give the engine its own checkpoint functions back."""
+        for name in ("save_checkpoint", "load_checkpoint"):
+            self.deepspeed.__dict__.pop(name, None)
+
+    @abstractmethod
+    def score(self, positions: Int64) -> Float32 | None:
+        """Forward-only pass in evaluation mode; see `Framework.score`."""
+
+    @abstractmethod
+    def train(self, work: Work) -> Trained:
+        """Forward and backward on the chosen sequences, and the optimizer's step; see `Framework.train`."""
+
+    def train_batch(self) -> Any:
+        """Draw a meta-batch, choose, train on the choice, step once, and close the iteration; collective.
+
+        Returns:
+            Mean training loss of this rank's micro-batches (float), nan on ranks without losses.
+
+        Raises:
+            LossError: too many losses are not finite, or weights were updated with a gradient that is not.
+        """
+        batch = self.engine.begin()
+        if self.feed is not None:
+            self.feed.fetch(batch)
+        result = self.engine.step(batch, self)
+        succeeded = bool(self.deepspeed.was_step_applied())
+        norm = self.deepspeed.get_global_grad_norm()
+        if succeeded and norm is not None and not np.isfinite(float(norm)):
+            raise LossError(
+                f"The gradient of iteration {self.engine.iteration} is not finite, and DeepSpeed has applied it. Resume from the "
+                "last checkpoint with a lower learning rate, or with bf16 and its `check_grad_overflow`."
+            )
+        self.engine.finish(succeeded)
+        return result
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        **more: Any,
+    ) -> bool:
+        """DeepSpeed's `save_checkpoint`, with `es_state/` in the tag's folder before `latest` names it; collective.
+
+        Raises:
+            CheckpointError: the ES state could not be written; `latest` still names the tag before.
+        """
+        tag = str(tag) if tag is not None else f"global_step{self.deepspeed.global_steps}"
+        done = self._own_save(str(save_dir), tag=tag, client_state=dict(client_state or {}), save_latest=False, **more)
+        replica = self.engine.replica
+        self.save_state(Path(save_dir) / tag / ES_STATE)
+        with agreed(replica, f"move {Path(save_dir) / LATEST}"):
+            if save_latest and replica.world_rank == 0:
+                disk.replace_file(Path(save_dir) / LATEST, tag.encode())
+        return bool(done)
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None, *args: Any, **more: Any) -> Any:
+        """DeepSpeed's `load_checkpoint`, and the ES state of that tag; collective.
+
+        Args:
+            load_dir: as DeepSpeed's.
+            tag: as DeepSpeed's.
+            args: passed on.
+            more: passed on, but `es_state=False`, which leaves the ES state as it is (a checkpoint of a plain run).
+
+        Raises:
+            CheckpointError: the tag has no ES state, or it is damaged or of another run.
+        """
+        es_state = more.pop("es_state", True)
+        tag = tag if tag is not None else self._latest(Path(load_dir))
+        found = self._own_load(str(load_dir), tag, *args, **more)
+        if es_state and tag is not None and found[0] is not None:
+            self.load_state(state_folder(Path(load_dir), str(tag)))
+        return found
+
+    def save_state(self, folder: Path) -> None:
+        """Write the ES state of all ranks into a folder; collective."""
+        engine = self.engine
+        save_es_state(
+            folder,
+            ScoreRange(engine.manifest.total, engine.store.low, engine.store.score, engine.store.visits),
+            {key: mask.packed for key, mask in engine.sampler.masks.items()},
+            {"engine": engine.state_dict()},
+            engine.manifest.to_json(),
+            engine.replica,
+        )
+
+    def load_state(self, folder: Path) -> None:
+        """Take the ES state back, saved under any number of ranks; collective.
+
+        Raises:
+            CheckpointError: missing, damaged, of other data or of another run.
+        """
+        engine = self.engine
+        state = load_es_state(folder, engine.manifest.total, engine.replica, engine.manifest.to_json())
+        sizes = engine.manifest.sizes
+        masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in state.masks.items()}
+        engine.load_state_dict(state.state["engine"], masks)
+        engine.store.load(state.score, state.visits)
+
+    def _latest(self, folder: Path) -> str | None:
+        name = LATEST + (UNIVERSAL if self.deepspeed.load_universal_checkpoint() else "")
+        try:
+            return (folder / name).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None  # DeepSpeed tells
+
+
+def state_folder(directory: Path, tag: str) -> Path:
+    """Where the ES state of a tag is; a tag converted to a universal checkpoint has that of its origin.
+
+    Raises:
+        CheckpointError: neither has one.
+    """
+    names = [tag, tag.removesuffix(UNIVERSAL)]
+    for name in names:
+        if (directory / name / ES_STATE).is_dir():
+            return directory / name / ES_STATE
+    raise CheckpointError(
+        f"`{directory / tag}` holds no `{ES_STATE}`: it was saved without Evolved Sampling. Pass `es_state=False` to begin with "
+        "new scores, or load another tag."
+    )
+
+
+def build_engine(
+    deepspeed: Any, config: EvolvedSamplingConfig | None, manifest: Manifest, replica: Replica, train_samples: int
+) -> EvolvedSampling:
+    """The step over the batch sizes of a DeepSpeed engine.
+
+    Raises:
+        ConfigError: the settings are wrong, or ask for what the engine cannot do.
+    """
+    config = config or settings_of(deepspeed)
+    check_engine(deepspeed, config)
+    engine = EvolvedSampling(
+        config,
+        manifest,
+        replica,
+        meta_batch=int(deepspeed.train_batch_size()),
+        micro_batch=int(deepspeed.train_micro_batch_size_per_gpu()),
+        train_samples=train_samples,
+    )
+    size = config.scoring_micro_batch_size
+    if size is not None and len(engine.own) % size:
+        fitting = [s for s in range(1, len(engine.own) + 1) if len(engine.own) % s == 0]
+        raise ConfigError(
+            f"`scoring_micro_batch_size` must divide a rank's {len(engine.own)} sequences, but is {size} instead. "
+            f"Use one of {fitting}."
+        )
+    return engine
+
+
+def build_feed(engine: EvolvedSampling, rows: Rows, workers: int, prefetch: int) -> MetaBatchFeed:
+    """Samples of this rank, read ahead."""
+    return MetaBatchFeed(
+        rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=engine.config.mask_lag
+    )

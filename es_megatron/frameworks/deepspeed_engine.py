@@ -1,0 +1,213 @@
+"""Evolved Sampling on a `DeepSpeedEngine`: ZeRO 0 to 3, with or without tensor parallelism through an `mpu`.
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config="deepspeed.json")
+    sampling = attach(engine, manifest, rows, train_samples=1_000_000)
+    while not sampling.engine.done:
+        loss = sampling.train_batch()
+
+The optimizer steps once for each meta-batch: the accumulation steps are set to the micro-batches that are trained, and
+the engine's count of them begins anew. Shape suffixes: B sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.data.manifest import Manifest
+from es_megatron.engine import EvolvedSampling, Trained, Work
+from es_megatron.errors import ConfigError
+from es_megatron.frameworks.deepspeed_common import (
+    DeepSpeedSampling,
+    LossOf,
+    build_engine,
+    build_feed,
+    discard_gradients,
+    mean_loss,
+    replica_of,
+)
+from es_megatron.frameworks.feed import MetaBatchFeed, Rows
+from es_megatron.frameworks.scoring import join, sequence_losses, traceless
+
+Batch = dict[str, Tensor]
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+TokenLosses = Callable[[Any, Batch], Tensor]
+
+
+def megatron_token_losses(engine: Any, batch: Batch) -> Tensor:
+    """Token losses `[B, T]` of Megatron-Core's GPTModel, which computes them itself."""
+    return engine(
+        input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None, labels=batch["labels"]
+    )
+
+
+def logits_token_losses(engine: Any, batch: Batch) -> Tensor:
+    """Token losses `[B, T]` of a model that gives logits `[B, T, V]`, or something with such `logits`, for tokens."""
+    output = engine(batch["tokens"])
+    logits_BTV = getattr(output, "logits", output)
+    losses = torch.nn.functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), batch["labels"].flatten(), reduction="none"
+    )
+    return losses.view(batch["labels"].shape)
+
+
+class EngineSampling(DeepSpeedSampling):
+    """Evolved Sampling attached to a `DeepSpeedEngine`; `attach` makes it."""
+
+    def __init__(
+        self,
+        engine: EvolvedSampling,
+        feed: MetaBatchFeed,
+        deepspeed: Any,
+        *,
+        token_losses: TokenLosses,
+        loss_of: LossOf,
+        per_token: bool,
+    ) -> None:
+        """Join the parts; see `attach`."""
+        super().__init__(engine, feed, deepspeed, loss_source=0)
+        self.token_losses, self.loss_of, self.per_token = token_losses, loss_of, per_token
+
+    def score(self, positions: Int64) -> Float32 | None:
+        """See `Framework.score`."""
+        size = self.engine.config.scoring_micro_batch_size or self.engine.micro_batch
+        return self.score_batches(self._micro_batches(positions, size))
+
+    def score_batches(self, batches: list[Batch]) -> Float32 | None:
+        """Mean token loss of each sequence of some micro-batches, as many on every rank; leaves no trace."""
+        found: list[Tensor] = []
+        with traceless([self.deepspeed.module]), torch.no_grad():
+            for batch in self._on_device(batches):
+                found.append(sequence_losses(self.token_losses(self.deepspeed, batch), batch["loss_mask"]))
+        return join(found)
+
+    def train(self, work: Work) -> Trained:
+        """See `Framework.train`."""
+        batches = self._micro_batches(work.positions, self.engine.micro_batch)
+        with accumulating(self.deepspeed, len(batches)):
+            total, found = self._forward_backward(batches, work.weights, step=True)
+        return Trained(total / len(batches), join(found) if work.capture else None)
+
+    def train_batches(self, batches: list[Batch]) -> None:
+        """Forward and backward without a step, for timing; the gradients are dropped."""
+        with traceless([self.deepspeed.module]), accumulating(self.deepspeed, len(batches) + 1):
+            self.deepspeed.train()
+            self._forward_backward(batches, None, step=False)
+        discard_gradients(self.deepspeed)
+
+    def _forward_backward(
+        self, batches: list[Batch], weights: npt.NDArray[np.float64] | None, *, step: bool
+    ) -> tuple[float, list[Tensor]]:
+        """Pass micro-batches through the engine; gives the sum of their losses, and the losses of sequences."""
+        deepspeed, size = self.deepspeed, self.engine.micro_batch
+        loss_of = self._per_token(batches) if self.per_token else self.loss_of
+        total = torch.zeros((), device=deepspeed.device)
+        found: list[Tensor] = []
+        for number, batch in enumerate(self._on_device(batches)):
+            losses_BT = self.token_losses(deepspeed, batch)
+            found.append(sequence_losses(losses_BT, batch["loss_mask"]))
+            if weights is not None:
+                weight = torch.as_tensor(weights[number * size : (number + 1) * size], dtype=losses_BT.dtype)
+                losses_BT = losses_BT * weight.to(losses_BT.device)[:, None]
+            loss = loss_of(losses_BT, batch["loss_mask"])
+            total += loss.detach().float()
+            deepspeed.backward(loss)
+            if step and (number == len(batches) - 1 or deepspeed.managed_gradient_accumulation()):
+                deepspeed.step()
+        return float(total), found
+
+    def _per_token(self, batches: list[Batch]) -> LossOf:
+        """Loss whose mean over all micro-batches of all ranks is that over all their unmasked tokens."""
+        replica = self.engine.replica
+        own = np.asarray([sum(float(batch["loss_mask"].sum()) for batch in batches)])
+        tokens = max(float(replica.sum_over_dp(own)[0]), 1.0)
+        scale = len(batches) * replica.dp_size / tokens
+        return lambda losses_BT, mask_BT: (losses_BT.float() * mask_BT.float()).sum() * scale
+
+    def _micro_batches(self, positions: Int64, size: int) -> list[Batch]:
+        assert self.feed is not None
+        return self.feed.micro_batches(positions, size)
+
+    def _on_device(self, batches: list[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield {name: tensor.to(self.deepspeed.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+@contextmanager
+def accumulating(deepspeed: Any, micro_batches: int) -> Iterator[None]:
+    """Have the engine step after so many micro-batches of a rank, counted from now; put its batch size back after.
+
+    Without the count begun anew the boundaries would be those of the batches before.
+    """
+    before = deepspeed.train_batch_size()
+    size = deepspeed.train_micro_batch_size_per_gpu() * deepspeed.dp_world_size
+    deepspeed.set_train_batch_size(micro_batches * size)
+    deepspeed.micro_steps = 0
+    try:
+        yield
+    finally:
+        deepspeed.set_train_batch_size(before)
+
+
+def place_of(deepspeed: Any) -> tuple[int, int]:
+    """This rank's data-parallel and tensor-parallel rank."""
+    mpu = deepspeed.mpu
+    if mpu is None:
+        return torch.distributed.get_rank(), 0
+    return int(mpu.get_data_parallel_rank()), int(mpu.get_model_parallel_rank())
+
+
+def attach(
+    deepspeed: Any,
+    manifest: Manifest,
+    rows: Rows,
+    *,
+    train_samples: int,
+    config: EvolvedSamplingConfig | None = None,
+    token_losses: TokenLosses = megatron_token_losses,
+    loss_of: LossOf = mean_loss,
+    per_token: bool = False,
+    workers: int = 0,
+    prefetch: int = 2,
+) -> EngineSampling:
+    """Attach Evolved Sampling to a `DeepSpeedEngine`; collective.
+
+    The engine's `train_batch_size` is the meta-batch. Its `save_checkpoint` and `load_checkpoint` take the ES state along
+    from now on, until `detach`.
+
+    Args:
+        deepspeed: what `deepspeed.initialize` gave.
+        manifest: the blend.
+        rows: its samples by id.
+        train_samples: draws of the plain run.
+        config: settings; None: the `"evolved_sampling"` block of the engine's JSON.
+        token_losses: calls the engine on a micro-batch and gives the losses of tokens, `[B, T]`.
+        loss_of: makes the loss of a micro-batch of those and the loss mask.
+        per_token: average over all unmasked tokens of a step, instead of over micro-batches' `loss_of`.
+        workers: loader processes per rank.
+        prefetch: meta-batches a worker reads ahead.
+
+    Raises:
+        ConfigError: what cannot work, before the first iteration.
+    """
+    if type(deepspeed).__name__ == "PipelineEngine":
+        raise ConfigError("A `PipelineEngine` must be attached to by `es_megatron.frameworks.deepspeed_pipe.attach`.")
+    replica = replica_of(place_of(deepspeed))
+    engine = build_engine(deepspeed, config, manifest, replica, train_samples)
+    feed = build_feed(engine, rows, workers, prefetch)
+    return EngineSampling(engine, feed, deepspeed, token_losses=token_losses, loss_of=loss_of, per_token=per_token)
+
+
+def gradient_norm(deepspeed: Any) -> float:
+    """Norm of the last step's gradients before clipping, nan where DeepSpeed does not keep it."""
+    norm = deepspeed.get_global_grad_norm()
+    return math.nan if norm is None else float(norm)

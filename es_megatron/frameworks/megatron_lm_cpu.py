@@ -1,0 +1,119 @@
+"""Let an unmodified Megatron-LM script run on gloo without CUDA; for trying things out, and for tests.
+
+On top of the layer for Megatron-Core (`frameworks.cpu`) a script of Megatron-LM asks what the device is and what it can
+do, compiles kernels at start-up, and on its newer versions imports what Python 3.11 or a machine without a GPU does not
+have. Where CUDA is available nothing is changed at all.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from es_megatron.frameworks import cpu
+
+STAND_INS = ("megatron.legacy.fused_kernels",)
+"""Modules a stand-in is imported for: the first where it is not installed, the second always (it compiles CUDA code)."""
+
+
+def install() -> bool:
+    """Put both layers in place; call it before megatron is imported. Again does nothing.
+
+    Returns:
+        Whether they are in place: False, and nothing is changed, where CUDA is available.
+    """
+    if cpu.installed():
+        return True
+    if not cpu.install():
+        return False
+    _answer_about_the_device()
+    if not hasattr(typing, "override"):  # Python 3.12's, which megatron-core 0.17 and later import
+        typing.override = lambda function: function  # pyright: ignore[reportAttributeAccessIssue]
+    names = [name for name in STAND_INS if "." in name or importlib.util.find_spec(name) is None]
+    sys.meta_path.insert(0, StandInFinder(names))
+    return True
+
+
+def _answer_about_the_device() -> None:
+    """One device, of no kind in particular."""
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: 1
+    cuda.get_device_name = lambda device=None: "cpu"
+    cuda.get_device_capability = lambda device=None: (8, 0)
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        name="cpu", major=8, minor=0, multi_processor_count=1, total_memory=1 << 34
+    )
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, _zero())
+    cuda.memory_stats = lambda device=None: _Zeros()
+    cuda.mem_get_info = lambda device=None: (1 << 34, 1 << 34)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, _zero())
+
+
+class _Zeros(dict[str, int]):
+    """Memory statistics where there is none: 0 under every name."""
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def _zero() -> Any:
+    """Make a function of its own that answers 0; dynamo wants a distinct object for each name of torch."""
+    return lambda *_, **__: 0
+
+
+class StandIn(types.ModuleType):
+    """A module in which every name is a function that returns its argument, so that decorators leave what they decorate."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Make the name, as a stand-in of its own."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = _stand_in_function(name)
+        setattr(self, name, made)
+        return made
+
+
+def _stand_in_function(name: str) -> Any:
+    class Function:
+        """A function, a decorator with or without arguments, and a type, whichever is asked for."""
+
+        def __new__(cls, *args: Any, **_: Any) -> Any:
+            return args[0] if len(args) == 1 and callable(args[0]) else (lambda function: function)
+
+    Function.__name__ = Function.__qualname__ = name
+    return Function
+
+
+class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports stand-ins for some modules and everything below them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Remember the names."""
+        self._names = tuple(names)
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> Any:
+        """Claim the names and what is below them."""
+        if any(fullname == name or fullname.startswith(f"{name}.") for name in self._names):
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        """Make the stand-in."""
+        module = StandIn(spec.name)
+        module.__version__ = "0.0"
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run."""

@@ -1,0 +1,205 @@
+"""The training data a Megatron-LM run was given on its command line, as one-epoch components.
+
+What a sample holds besides its tokens (masks, position ids, padding) is upstream's business and differs between its
+versions, so upstream's own dataset makes it: a copy of it that is told which tokens to take. Which files, weights and
+documents the training split has is computed here, since the length of the run depends on it long before upstream builds
+its datasets, and compared with those once they are there.
+
+Shapes: T sequence length.
+"""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from es_megatron.data.manifest import Component, Manifest
+from es_megatron.errors import ConfigError, DataError
+from es_megatron.frameworks.megatron_data import OneEpochDataset, TokenFile, fingerprint_token_file, open_token_file
+
+Sample = dict[str, Tensor]
+
+
+class Source(NamedTuple):
+    """One entry of `--data-path` or `--train-data-path`."""
+
+    prefix: str
+    weight: float | None
+
+
+class SplitRows(OneEpochDataset):
+    """One epoch of the training split of a component: windows of T + 1 tokens over its first documents."""
+
+    def __init__(self, name: str, file: TokenFile, seq_length: int, share: float) -> None:
+        """Take an opened file and the share of its sequences (documents) that the training split has, in (0, 1].
+
+        Raises:
+            DataError: the split has fewer than T + 1 tokens.
+        """
+        super().__init__(name, file, seq_length)
+        self.sequences = round(share * file.sequences)
+        """Sequences of the split, which are the first of the file."""
+        ends = (*file.sequence_starts()[self.sequences : self.sequences + 1].tolist(), file.tokens * file.dtype.itemsize)
+        self._tokens = int(ends[0]) // file.dtype.itemsize
+        if self._tokens <= seq_length:
+            raise DataError(
+                f"The training split of `{file.prefix}` must have at least {seq_length + 1} tokens, but has {self._tokens} "
+                "instead: give it more text, a larger first number in `--split`, or leave it out."
+            )
+
+    def __len__(self) -> int:
+        """Return the number of rows: floor((tokens - 1) / T)."""
+        return (self._tokens - 1) // self.seq_length
+
+    def component(self, weight: float | None) -> Component:
+        """This split as a component of a manifest; without a weight it is drawn by its size."""
+        mark = fingerprint_token_file(self.file, self.seq_length)
+        if self.sequences < self.file.sequences:
+            mark = f"{mark}-{self.sequences}"
+        drawn = float(len(self)) if weight is None else weight
+        return Component(self.name, self.file.prefix, len(self), drawn, mark)
+
+
+def read_sources(args: Namespace) -> tuple[list[Source], float]:
+    """Find the training files, their weights, and the share of each that is for training.
+
+    Args:
+        args: Megatron's.
+
+    Raises:
+        ConfigError: no files, or the same file twice.
+    """
+    from megatron.training.utils import get_blend_and_blend_per_split  # pyright: ignore[reportMissingImports]
+
+    blend, per_split = get_blend_and_blend_per_split(args)
+    chosen: Any = blend if blend is not None else (per_split or [None])[0]
+    if chosen is None:
+        raise ConfigError("`--data-path` or `--train-data-path` must be given with Evolved Sampling, but neither is.")
+    prefixes, weights = chosen
+    if len(set(prefixes)) < len(prefixes):
+        twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
+        raise ConfigError(f"`{twice}` stands more than once in the data paths: add its weights up and give it once.")
+    sources = [Source(str(p), w) for p, w in zip(prefixes, weights or [None] * len(prefixes), strict=True)]
+    return sources, 1.0 if blend is None else training_share(args.split)
+
+
+def training_share(split: str) -> float:
+    """Share of the first number in `--split`, such as `969,30,1`.
+
+    Raises:
+        ConfigError: it is nothing.
+    """
+    parts = [float(part) for part in split.replace("/", ",").split(",")]
+    if sum(parts) <= 0 or parts[0] <= 0:
+        raise ConfigError(f"`--split` must give the training data a share above 0, but is {split!r} instead.")
+    return parts[0] / sum(parts)
+
+
+def name_sources(prefixes: Sequence[str]) -> list[str]:
+    """Short unique names: the last part of each path, or the whole path where those are not unique."""
+    short = [Path(prefix).name for prefix in prefixes]
+    return [name if short.count(name) == 1 else prefix for name, prefix in zip(short, prefixes, strict=True)]
+
+
+def open_rows(args: Namespace) -> tuple[Manifest, list[SplitRows]]:
+    """Open every training component.
+
+    Raises:
+        ConfigError, DataError: see `read_sources`, `open_token_file` and `SplitRows`.
+    """
+    sources, share = read_sources(args)
+    names = name_sources([source.prefix for source in sources])
+    rows = [
+        SplitRows(name, open_token_file(source.prefix), args.seq_length, share)
+        for name, source in zip(names, sources, strict=True)
+    ]
+    components = [each.component(source.weight) for each, source in zip(rows, sources, strict=True)]
+    return Manifest(tuple(components), args.seq_length), rows
+
+
+class UpstreamRows:
+    """Training samples by id, each made by upstream's dataset from the tokens of a one-epoch row."""
+
+    def __init__(self, manifest: Manifest, rows: Sequence[SplitRows], dataset: Any) -> None:
+        """Check upstream's datasets against ours, and tell copies of them which tokens to take.
+
+        Args:
+            manifest: the components.
+            rows: of each component.
+            dataset: upstream's training dataset, `GPTDataset` or a `BlendedDataset` of those.
+
+        Raises:
+            ConfigError: another kind of dataset.
+            DataError: upstream takes other files or documents than we do.
+        """
+        parts: list[Any] = list(getattr(dataset, "datasets", [dataset]))
+        for part in parts:
+            if type(part).__name__ != "GPTDataset":
+                raise ConfigError(
+                    f"Training data must be of upstream's `GPTDataset` with Evolved Sampling, but is of "
+                    f"`{type(part).__name__}` instead. Leave out the flag that chooses it, or run with --no-es."
+                )
+        ours = [(each.file.prefix, 0, each.sequences) for each in rows]
+        theirs = [(str(part.dataset_path), int(part.indices[0]), int(part.indices[-1]) + 1) for part in parts]
+        if ours != theirs:
+            raise DataError(
+                f"Upstream's training split (file, first and last document) is {theirs}, but {ours} was expected. Give the "
+                "files by `--data-path` with `--split`, or by `--train-data-path`."
+            )
+        self._manifest = manifest
+        self._parts = [take_rows(part, each) for part, each in zip(parts, rows, strict=True)]
+
+    def __getitem__(self, sample_id: int) -> Sample:
+        """Read one sample."""
+        components, rows = self._manifest.locate(np.asarray([sample_id], np.int64))
+        return self._parts[int(components[0])][int(rows[0])]
+
+
+class Window:
+    """Stands where upstream's dataset looks up the tokens of a sample."""
+
+    def __init__(self, rows: SplitRows, answers: int) -> None:
+        """Remember how many things upstream's own function returns: tokens, documents and, since 0.20, lengths."""
+        self._rows, self._answers = rows, answers
+
+    def __call__(self, row: int) -> tuple[Any, ...]:
+        """Tokens of a row, int64 [T + 1], and what else upstream expects beside them."""
+        tokens: npt.NDArray[np.int64] = self._rows.window(row)
+        return (tokens, np.zeros(0, np.int64), [len(tokens)])[: self._answers]
+
+
+def take_rows(dataset: Any, rows: SplitRows) -> Any:
+    """Copy upstream's dataset; item r of the copy is made from row r."""
+    view = copy.copy(dataset)
+    answers = len(dataset._query_document_sample_shuffle_indices(0))
+    view._query_document_sample_shuffle_indices = Window(rows, answers)
+    # Older versions cache one mask and write into it where a label is the padding id: a sample would depend on those
+    # read before it.
+    view.masks_and_position_ids_are_cacheable = False
+    return view
+
+
+class UnreadLoader:
+    """Stands in Megatron's training loop for a loader; samples come from a loader of our own."""
+
+    def __iter__(self) -> UnreadLoader:
+        """Be the iterator, too."""
+        return self
+
+    def __next__(self) -> Any:
+        """Refuse to be read.
+
+        Raises:
+            ConfigError: always; something reads training data that the patches do not reach.
+        """
+        raise ConfigError(
+            "Training data is read outside the forward-backward schedule, where Evolved Sampling cannot provide it. Leave out "
+            "the flag that does so (such as `--iterations-to-skip`), or run with --no-es."
+        )

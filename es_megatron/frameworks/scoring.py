@@ -1,0 +1,79 @@
+"""What scoring passes of every framework share: losses of sequences, and leaving no trace. torch only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Float32 = npt.NDArray[np.float32]
+
+RNG_TRACKERS = {
+    "megatron.core.tensor_parallel.random": "get_cuda_rng_tracker",
+    "deepspeed.runtime.activation_checkpointing.checkpointing": "get_cuda_rng_tracker",
+}
+"""Modules that keep random states of their own, if something has imported them, and what gives their tracker."""
+
+
+def sequence_losses(output: Tensor, mask: Tensor) -> Tensor:
+    """Mean token loss of each sequence under its mask, detached; nan where no token counts.
+
+    Args:
+        output: token losses `[b, T]`.
+        mask: `[b, T]` or of as many elements.
+
+    Returns:
+        float32 `[b]`.
+    """
+    loss_BT = output.detach().float()
+    mask_BT = mask.detach().reshape(loss_BT.shape).float()
+    return torch.where(mask_BT > 0, loss_BT * mask_BT, 0.0).sum(dim=1) / mask_BT.sum(dim=1)
+
+
+def join(found: list[Tensor]) -> Float32 | None:
+    """Losses of all micro-batches as one CPU array; None where this stage has none."""
+    return torch.cat(found).float().cpu().numpy() if found else None
+
+
+@contextmanager
+def traceless(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Leave no trace of what runs inside: modes, random states, buffers (MoE counters among them), upstream timers."""
+    modules = [(module, module.training) for chunk in chunks for module in chunk.modules()]
+    # by the class: Megatron's data-parallel wrapper has an attribute `buffers` of its own
+    buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in torch.nn.Module.buffers(chunk)]
+    configs = [config for chunk in chunks if (config := getattr(chunk, "config", None)) is not None]
+    timers = [(config, config.timers) for config in configs if hasattr(config, "timers")]
+    trackers = [(tracker, tracker.get_states()) for tracker in rng_trackers()]
+    cpu_state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    for chunk in chunks:
+        chunk.eval()
+    for config, _ in timers:
+        config.timers = None
+    try:
+        yield
+    finally:
+        for module, training in modules:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for config, before in timers:
+            config.timers = before
+        for tracker, states in trackers:
+            tracker.set_states(states)
+        torch.set_rng_state(cpu_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)
+
+
+def rng_trackers() -> list[Any]:
+    """Trackers of random states of the frameworks that are loaded."""
+    loaded = [(sys.modules[name], function) for name, function in RNG_TRACKERS.items() if name in sys.modules]
+    return [getattr(module, function)() for module, function in loaded]

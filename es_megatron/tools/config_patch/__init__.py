@@ -1,0 +1,1 @@
+"""Configs that teams already have: read, check, patch with Evolved Sampling, and restore byte for byte."""

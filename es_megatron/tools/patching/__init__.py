@@ -1,0 +1,20 @@
+"""Patches of upstream frameworks: declared in `patches/UPSTREAM/patches.yaml`, checked before anything is changed."""
+
+from __future__ import annotations
+
+from es_megatron.tools.patching.declaration import Patch, PatchList, read_patches, upstreams
+from es_megatron.tools.patching.registry import Status, apply, check, list_patches, report, undo, upstream_version
+
+__all__ = [
+    "Patch",
+    "PatchList",
+    "Status",
+    "apply",
+    "check",
+    "list_patches",
+    "read_patches",
+    "report",
+    "undo",
+    "upstream_version",
+    "upstreams",
+]

@@ -1,0 +1,101 @@
+"""What a pretraining loop needs of a framework; the two there are stand in modules of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from es_megatron.engine import EvolvedSampling
+from es_megatron.frameworks.feed import Rows
+from es_megatron.plan import Layout
+from es_megatron.trainer.settings import PretrainSettings
+
+if TYPE_CHECKING:
+    from es_megatron.frameworks.megatron_data import LoadedBlend
+
+
+class Iteration(NamedTuple):
+    """What one training iteration gave on this rank."""
+
+    loss_sum: float
+    """Sum of the training losses of this rank's micro-batches; 0 on ranks without losses."""
+    loss_count: int
+    """How many they are."""
+    succeeded: bool
+    """Whether weights were updated, the same on every rank."""
+    norm: float
+    """Norm of the gradients before clipping; nan where the framework does not tell."""
+    rate: float
+    """Learning rate of the update."""
+    updating: float
+    """Seconds of the optimizer step, where it can be told from the passes."""
+
+
+class Backend(Protocol):
+    """A model, its optimizer and schedule in one framework, with Evolved Sampling attached."""
+
+    engine: EvolvedSampling
+    loss_source: int
+    """Model-parallel rank that computes losses."""
+
+    def iterate(self) -> Iteration:
+        """Draw, score, train, step, and close the iteration; collective."""
+        ...
+
+    def evaluate(self, domains: Mapping[str, Rows]) -> dict[str, float]:
+        """Mean validation loss of each domain, in nats per token, the same on every rank; collective."""
+        ...
+
+    def calibrate(self) -> Layout:
+        """Time forward and backward of this model on this layout, leaving no trace; collective."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write model, optimizer, schedule and random states into a folder of their own; collective."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Take them back, also under another data-parallel size; collective."""
+        ...
+
+
+def start(settings: PretrainSettings) -> None:
+    """Join the process groups that the backend of a run needs; collective.
+
+    Raises:
+        LayoutError: the world cannot hold the layout.
+        ConfigError: the backend is not installed, or cannot do what is asked of it.
+    """
+    if settings.backend == "deepspeed":
+        from es_megatron.trainer.deepspeed_backend import initialize
+    else:
+        from es_megatron.trainer.model import initialize
+    initialize(settings)
+
+
+def build_backend(settings: PretrainSettings, blend: LoadedBlend, train_samples: int) -> Backend:
+    """Build the model of a run in its framework, and attach; collective, after `start`.
+
+    Args:
+        settings: of the run.
+        blend: where samples come from.
+        train_samples: draws of the plain run.
+
+    Raises:
+        EsError: what cannot work.
+    """
+    if settings.backend == "deepspeed":
+        from es_megatron.trainer.deepspeed_backend import DeepSpeedBackend
+
+        return DeepSpeedBackend(settings, blend, train_samples)
+    from es_megatron.trainer.megatron_backend import MegatronBackend
+
+    return MegatronBackend(settings, blend, train_samples)
+
+
+def stop() -> None:
+    """Leave the process groups."""
+    from es_megatron.trainer.model import shutdown
+
+    shutdown()

@@ -1,0 +1,64 @@
+"""What DeepSpeed is told, and what it cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from es_megatron.config import require
+from es_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from es_megatron.trainer.settings import ParallelSettings
+
+
+@dataclass(frozen=True)
+class DeepSpeedSettings:
+    """What DeepSpeed is told beyond the rest of the settings, with `backend: deepspeed`."""
+
+    zero_stage: int = 1
+    """What is sharded over data-parallel ranks, 0 to 3: nothing, optimizer state, gradients too, weights too."""
+
+    config: Path | None = None
+    """A DeepSpeed JSON file whose blocks are passed on (offload, communication, activation checkpointing); batch sizes,
+    precision, clipping and ZeRO stage come from the other settings, and must agree where the file has them too."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require(self.zero_stage in (0, 1, 2, 3), "zero_stage", "0, 1, 2 or 3", self.zero_stage)
+
+
+def check_deepspeed(settings: DeepSpeedSettings, parallel: ParallelSettings, *, bf16: bool) -> None:
+    """Refuse what DeepSpeed does in other ways, or not at all.
+
+    Raises:
+        ConfigError: names the setting and the cure.
+    """
+    stage = settings.zero_stage
+    for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(parallel, name):
+            raise ConfigError(
+                f"`{name}` must be off with `backend: deepspeed`, where `deepspeed.zero_stage` says what is sharded. "
+                "Turn it off."
+            )
+    if parallel.virtual_pipeline is not None:
+        raise ConfigError(
+            "`virtual_pipeline` must be null with `backend: deepspeed`, which has no interleaved schedule. "
+            "Set it to null."
+        )
+    if parallel.sequence_parallel:
+        raise ConfigError(
+            "`sequence_parallel` must be off with `backend: deepspeed`: norms' gradients are not summed over tensor "
+            "ranks there. Turn it off."
+        )
+    if parallel.pipeline > 1 and stage > 1:
+        raise ConfigError(
+            f"`zero_stage` must be 0 or 1 with pipeline stages, but is {stage} instead: DeepSpeed's pipeline "
+            "engine keeps whole gradients. Use 1, or `pipeline: 1`."
+        )
+    if bf16 and stage == 0:
+        raise ConfigError(
+            "`zero_stage` must be 1 or more with bf16: DeepSpeed's bf16 optimizer without ZeRO takes a step of its own "
+            "at the start, which shifts Adam's bias correction. Use 1."
+        )

@@ -1,0 +1,90 @@
+"""Megatron-Core as the framework of a run: its model, data-parallel wrapper, optimizer, schedules and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from es_megatron.frameworks.feed import Rows
+from es_megatron.frameworks.megatron_core import attach
+from es_megatron.frameworks.megatron_data import LoadedBlend
+from es_megatron.plan import Layout
+from es_megatron.trainer.backend import Iteration
+from es_megatron.trainer.model import build_model, forward_step, settled_weights, transformer_config
+from es_megatron.trainer.model_state import load_model, save_model
+from es_megatron.trainer.optimizer import build_optimizer, build_scheduler, learning_rate, step, zero_gradients
+from es_megatron.trainer.passes import Passes, calibrate, evaluate, reported_loss
+from es_megatron.trainer.settings import PretrainSettings
+
+
+class MegatronBackend:
+    """See `Backend`."""
+
+    def __init__(self, settings: PretrainSettings, blend: LoadedBlend, train_samples: int) -> None:
+        """Build the model and attach; see `build_backend`."""
+        training = settings.training
+        self.settings = settings
+        self.sampling = attach(
+            settings.evolved_sampling,
+            blend.manifest,
+            blend.rows,
+            model_config=transformer_config(settings),
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            train_samples=train_samples,
+            workers=settings.data.num_workers,
+            prefetch=settings.data.prefetch,
+        )
+        self.engine, self.loss_source = self.sampling.engine, self.sampling.loss_source
+        self.chunks = build_model(settings, blend.vocab_size)
+        self.optimizer = build_optimizer(settings, self.chunks)
+        self.scheduler = build_scheduler(settings, self.optimizer, self.engine.plan.schedule.iterations)
+        schedule = get_forward_backward_func()
+        self.passes = Passes(settings, self.chunks, schedule, self.engine.replica, self.loss_source)
+        self.forward_backward = self.sampling.wrap(schedule)
+
+    def iterate(self) -> Iteration:
+        """See `Backend.iterate`."""
+        training = self.settings.training
+        self._zero()
+        results: Any = self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=None if len(self.chunks) == 1 else [None for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(self.engine.own) // training.micro_batch_size,
+            seq_length=self.settings.model.seq_length,
+            micro_batch_size=training.micro_batch_size,
+        )
+        began = time.perf_counter()
+        succeeded, norm = step(self.optimizer)
+        rate = learning_rate(self.optimizer)
+        if succeeded:
+            self.scheduler.step(1)
+        self.sampling.finish(succeeded)
+        updating = time.perf_counter() - began
+        return Iteration(*reported_loss(results), succeeded, norm, rate, updating)
+
+    def evaluate(self, domains: Mapping[str, Rows]) -> dict[str, float]:
+        """See `Backend.evaluate`."""
+        with settled_weights(self.chunks):
+            return evaluate(self.passes, domains)
+
+    def calibrate(self) -> Layout:
+        """See `Backend.calibrate`."""
+        return calibrate(self.passes, self._zero)
+
+    def save(self, directory: Path) -> None:
+        """See `Backend.save`."""
+        with settled_weights(self.chunks):
+            save_model(directory, self.chunks, self.optimizer, self.scheduler, self.engine.iteration)
+
+    def load(self, directory: Path) -> None:
+        """See `Backend.load`."""
+        load_model(directory, self.chunks, self.optimizer, self.scheduler)
+
+    def _zero(self) -> None:
+        zero_gradients(self.chunks, self.optimizer)
