@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help venv style format check test test-fast test-deepspeed demo results-quick clean
+.PHONY: help venv style format check test test-fast test-deepspeed test-megatron-lm demo results-quick clean
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
 TORCH ?= torch==2.13.0
@@ -23,7 +23,7 @@ export DS_ACCELERATOR ?= cpu
 export DS_BUILD_OPS ?= 0
 
 help:
-	@echo "make venv | style | format | check | test | test-fast | test-deepspeed | demo | results-quick | clean"
+	@echo "make venv | style | format | check | test | test-fast | test-deepspeed | test-megatron-lm | demo | results-quick | clean"
 
 venv: $(STAMP)
 
@@ -55,6 +55,11 @@ test-fast: $(STAMP)
 
 test-deepspeed: $(STAMP)
 	$(BIN)/python -m pytest -k deepspeed $(PYTEST_ARGS)
+
+# MEGATRON_LM is a checkout of Megatron-LM, unmodified; without it the tests skip.
+test-megatron-lm: $(STAMP)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet six regex einops pydantic pybind11
+	MEGATRON_LM="$(abspath $(MEGATRON_LM))" $(BIN)/python -m pytest tests/end_to_end/test_megatron_lm.py $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	$(BIN)/es-megatron demo

@@ -40,9 +40,13 @@ PASSES = 3
 class RandomRows:
     """Samples of random tokens, a pure function of the id."""
 
-    def __init__(self, seq_length: int) -> None:
-        """Remember the length."""
-        self.seq_length = seq_length
+    def __init__(self, seq_length: int, samples: int) -> None:
+        """Remember the sizes."""
+        self.seq_length, self.samples = seq_length, samples
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.samples
 
     def __getitem__(self, sample_id: int) -> dict[str, torch.Tensor]:
         """Make one sample."""
@@ -102,7 +106,8 @@ def work(arguments: argparse.Namespace) -> None:
     cpu.install()
     from benchmarks.step_megatron import MegatronBench
 
-    bench = MegatronBench(arguments, ARMS, manifest(arguments), RandomRows(arguments.seq_length))
+    blend = manifest(arguments)
+    bench = MegatronBench(arguments, ARMS, blend, RandomRows(arguments.seq_length, blend.total))
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     layouts = [bench.calibrate()]
     for name in ARMS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -215,9 +215,8 @@ class EvolvedSampling:
             if len(set(checksums.values())) > 1:
                 raise LayoutError(
                     f"The scores of data-parallel rank {data_rank} must be equal on its tensor- and pipeline-parallel "
-                    f"ranks, but differ before iteration {self.iteration} (checksums by rank: {checksums}). Resume from the last "
-                    "checkpoint; "
-                    "if it comes again, look for a rank with faulty memory or other software."
+                    f"ranks, but differ before iteration {self.iteration} (checksums by rank: {checksums}). Resume "
+                    "from the last checkpoint; if it comes again, look for a rank with faulty memory or other software."
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -385,7 +384,7 @@ class EvolvedSampling:
         )
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str) -> Generator[None]:
         begin = time.perf_counter()
         try:
             yield

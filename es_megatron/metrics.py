@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_megatron.engine import StepRecord
+from es_megatron.plan import FORWARD_COST, TRAIN_COST, Plan
 
 Int64 = npt.NDArray[np.int64]
 
@@ -71,6 +72,22 @@ class RunTotals:
             setattr(self, name, int(state[name]))
         self.seconds = {name: float(value) for name, value in state["seconds"].items()}
         self.chosen = np.asarray(state["chosen"], dtype=np.int64)
+
+
+def saved_share(plan: Plan, iterations: int, totals: RunTotals) -> float:
+    """Share of the plain run's forward and backward work saved so far, in nominal units (backward = 2 forward).
+
+    Args:
+        plan: the run.
+        iterations: finished ones.
+        totals: what they passed through the model.
+
+    Returns:
+        1 - cost / (cost of the plain run over the draws they stand for); negative where they cost more.
+    """
+    stood_for = float((plan.schedule.passes(iterations) * plan.schedule.manifest.sizes).sum())
+    cost = FORWARD_COST * totals.sequences_scored + TRAIN_COST * totals.sequences_trained
+    return 1.0 - cost / (TRAIN_COST * stood_for) if stood_for else 0.0
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def plan_run(
     if meta_batch % quantum:
         raise ConfigError(
             f"The meta-batch (global batch size) must be a multiple of {quantum} (micro-batch size times data-parallel "
-            f"size, times pipeline size when interleaved), but is {meta_batch} instead. Use {nearest(meta_batch, quantum)}."
+            f"size, times pipeline size when interleaved), but is {meta_batch} instead. "
+            f"Use {nearest(meta_batch, quantum)}."
         )
     if train_samples < 1:
         raise ConfigError(f"`train_samples` must be >= 1, but is {train_samples} instead.")
@@ -136,7 +137,8 @@ def kept_of(config: EvolvedSamplingConfig, meta_batch: int, quantum: int) -> int
         near = nearest(exact, quantum)
         raise ConfigError(
             f"`keep_ratio` times the meta-batch must be a multiple of {quantum} (micro-batch size times data-parallel "
-            f"size, times pipeline size when interleaved), but is {exact:g} instead. Use `keep_ratio` {near / meta_batch:g} "
+            f"size, times pipeline size when interleaved), but is {exact:g} instead. Use `keep_ratio` "
+            f"{near / meta_batch:g} "
             f"(b = {near}), a smaller micro-batch, or a larger meta-batch."
         )
     return kept

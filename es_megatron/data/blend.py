@@ -51,13 +51,17 @@ class Blend:
             Component index and draw number, int64 like `positions`.
         """
         node = np.zeros_like(positions)
-        draw = positions
+        draw = positions.copy()
         for left, both in zip(self._left, self._both, strict=True):
-            share, whole = left[node], both[node]
-            sent, rest = np.divmod(draw * share, whole)
-            goes_left = rest + share >= whole
-            draw = np.where(goes_left, sent, draw - sent)
-            node = 2 * node + ~goes_left
+            share, whole = left.take(node), both.take(node)
+            scaled = draw * share
+            sent = scaled // whole
+            scaled += share
+            scaled -= sent * whole
+            goes_right = scaled < whole  # floor((draw + 1) * a) is no more than floor(draw * a)
+            draw = np.where(goes_right, draw - sent, sent)
+            node <<= 1
+            node += goes_right
         return node, draw
 
     def counts(self, draws: int) -> Int64:

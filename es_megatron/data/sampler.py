@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from es_megatron.algorithm.randomness import component_key
-from es_megatron.data.mask import KeptMask
-from es_megatron.data.permutation import Permutation, permutation
+from es_megatron.data.mask import KeptMask, select_of_many
+from es_megatron.data.permutation import EpochOrder, Orders
 from es_megatron.data.schedule import Schedule
 from es_megatron.errors import ConfigError
 
 Int64 = npt.NDArray[np.int64]
 
-CACHED_PERMUTATIONS = 4096
+PIECE = 1 << 15
+"""Positions worked on at a time, so that what they need in between stays in the cache."""
+EPOCH_BITS = 35
+"""Positions are below 2^34, and so are numbers of epochs."""
 
 
 class MetaBatch(NamedTuple):
@@ -43,8 +45,8 @@ class Sampler:
         self.manifest = schedule.manifest
         self.seed = seed
         self.masks: dict[tuple[int, int], KeptMask] = {}
-        self._keys = [component_key(component.name) for component in self.manifest.components]
-        self._permutation = lru_cache(CACHED_PERMUTATIONS)(self._make_permutation)
+        self._sizes: list[int] = self.manifest.sizes.tolist()
+        self._orders = Orders(seed, [component_key(component.name) for component in self.manifest.components])
 
     def batch(self, iteration: int) -> MetaBatch:
         """The meta-batch of an iteration.
@@ -59,18 +61,14 @@ class Sampler:
 
     def rows(self, positions: Int64) -> tuple[Int64, Int64, Int64]:
         """Component, epoch and row at each position, three int64 arrays like `positions`."""
-        component, draw = self.schedule.blend.locate(positions)
-        place = self.schedule.epochs.place(component, draw)
-        row = np.empty_like(draw)
-        order = np.lexsort((place.epoch, component))
-        key = np.stack([component[order], place.epoch[order]])
-        starts = np.flatnonzero(np.concatenate([[True], (key[:, 1:] != key[:, :-1]).any(axis=0)]))
-        for part in np.split(order, starts[1:]) if len(order) else []:
-            at = part[0]
-            row[part] = self._rows_of_epoch(
-                int(component[at]), int(place.epoch[at]), place.index[part], bool(place.pruned[at])
-            )
-        return component, place.epoch, row
+        flat = positions.reshape(-1)
+        found = [np.empty_like(flat) for _ in range(3)]
+        for start in range(0, len(flat), PIECE):
+            for whole, part in zip(found, self._rows(flat[start : start + PIECE]), strict=True):
+                whole[start : start + PIECE] = part
+        self._orders.forget()
+        component, epoch, row = (part.reshape(positions.shape) for part in found)
+        return component, epoch, row
 
     def forget(self, iteration: int) -> None:
         """Drop the masks of epochs that end before this iteration."""
@@ -79,9 +77,26 @@ class Sampler:
             if self.schedule.epochs.start(component, epoch + 1) <= draws[component]:
                 del self.masks[component, epoch]
 
-    def _rows_of_epoch(self, component: int, epoch: int, index: Int64, pruned: bool) -> Int64:
-        if not pruned:
-            return self._permutation(component, epoch, int(self.manifest.sizes[component]))(index)
+    def _rows(self, positions: Int64) -> tuple[Int64, Int64, Int64]:
+        """The same for so many positions as fit the cache, epoch by epoch of each component."""
+        component, draw = self.schedule.blend.locate(positions)
+        epoch, index, pruned = self.schedule.epochs.place(component, draw)
+        code = component << EPOCH_BITS | epoch
+        order = np.argsort(code, kind="stable")
+        code = code.take(order)
+        starts = np.flatnonzero(np.concatenate([[True], code[1:] != code[:-1]]))
+        first = order.take(starts)
+        lengths = np.diff(starts, append=len(code))
+        groups = zip(component.take(first).tolist(), epoch.take(first).tolist(), pruned.take(first), strict=True)
+        masks = [(c, e, self._mask_of(c, e) if p else None) for c, e, p in groups]
+        wanted = [EpochOrder(c, e, self._sizes[c] if mask is None else mask.count) for c, e, mask in masks]
+        found = self._orders(wanted, lengths, index.take(order))
+        select_of_many([mask for _, _, mask in masks], lengths, found)
+        row = np.empty_like(found)
+        row[order] = found
+        return component, epoch, row
+
+    def _mask_of(self, component: int, epoch: int) -> KeptMask:
         mask = self.masks.get((component, epoch))
         if mask is None:
             raise ConfigError(
@@ -89,7 +104,4 @@ class Sampler:
                 "kept mask is decided. Set `mask_lag` to at least the iterations that the data loader prefetches, "
                 "plus 1."
             )
-        return mask.select(self._permutation(component, epoch, mask.count)(index))
-
-    def _make_permutation(self, component: int, epoch: int, size: int) -> Permutation:
-        return permutation(size, self.seed, self._keys[component], epoch)
+        return mask

@@ -43,7 +43,7 @@ UNIVERSAL = "_universal"
 UNSUPPORTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "curriculum_learning": (
         "it shortens sequences behind the sampler's back",
-        lambda engine: bool(engine.curriculum_enabled_legacy() or engine.curriculum_learning_enabled()),
+        lambda engine: asked(engine, "curriculum_learning") or bool(engine.curriculum_learning_enabled()),
     ),
     "random_ltd": (
         "it drops tokens in training that the score would see",
@@ -51,7 +51,7 @@ UNSUPPORTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "progressive_layer_drop": (
         "it drops layers in training that the score would pass",
-        lambda engine: bool(engine.pld_enabled()),
+        lambda engine: asked(engine, "progressive_layer_drop"),
     ),
     "MoE layers": (
         "their capacity in evaluation is another than in training",
@@ -59,7 +59,7 @@ UNSUPPORTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "sequence_parallel_size": (
         "losses of one sequence would be spread over ranks",
-        lambda engine: int(getattr(engine, "sequence_parallel_size", 1) or 1) > 1,
+        lambda engine: int(engine.sequence_parallel_size) > 1,
     ),
 }
 """Features of DeepSpeed that a scoring pass would get wrong: why, and whether an engine uses them."""
@@ -114,6 +114,11 @@ def check_engine(engine: Any, config: EvolvedSamplingConfig) -> None:
             )
 
 
+def asked(engine: Any, block: str) -> bool:
+    """Whether the engine's JSON has a block that is enabled."""
+    return bool(engine._config._param_dict.get(block, {}).get("enabled", False))
+
+
 def optimizer_name(engine: Any) -> str:
     """Class of the optimizer inside DeepSpeed's wrapper."""
     return type(getattr(engine.optimizer, "optimizer", engine.optimizer)).__name__
@@ -142,12 +147,10 @@ def discard_gradients(engine: Any) -> None:
     """Forget the gradients of backward passes that no step followed, at every ZeRO stage."""
     optimizer = engine.optimizer
     engine.module.zero_grad(set_to_none=True)
-    optimizer.zero_grad(set_to_none=True)
-    if hasattr(optimizer, "micro_step_id"):
-        optimizer.micro_step_id = -1  # the next backward pass overwrites what ZeRO has gathered
-    for name in ("averaged_gradients", "all_grad_tensors"):
-        gathered = getattr(optimizer, name, None)
-        if isinstance(gathered, dict) and engine.zero_optimization_stage() < 3:
+    optimizer.zero_grad(set_to_none=True)  # at stage 3 this is all
+    if engine.zero_optimization_stage() in (1, 2):
+        optimizer.micro_step_id = -1  # the next backward pass overwrites what has been gathered
+        for gathered in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             for key in list(gathered):
                 gathered[key] = None
     engine.micro_steps = 0

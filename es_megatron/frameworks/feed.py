@@ -21,8 +21,12 @@ Sample = Mapping[str, Tensor]
 class Rows(Protocol):
     """A blend's samples by id."""
 
-    def __getitem__(self, sample_id: int) -> Sample:
+    def __getitem__(self, sample_id: int, /) -> Sample:
         """Read one sample: tensors `[T]` by name."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of samples."""
         ...
 
 

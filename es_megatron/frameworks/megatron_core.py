@@ -8,7 +8,7 @@ stages hold no data; they get losses and choice by broadcast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +68,7 @@ def mask_of_partial(loss_func: Callable[..., Any]) -> Tensor:
         return loss_func.args[0]
     raise ConfigError(
         "The forward step must return `(output, functools.partial(loss_func, loss_mask))` as Megatron-LM's does, but "
-        f"its loss function is {loss_func!r} instead. Pass `loss_mask_of`, a function from your loss function to its mask."
+        f"its loss function is {loss_func!r} instead. Pass `loss_mask_of`, from your loss function to its mask."
     )
 
 
@@ -113,8 +113,8 @@ class MegatronCoreSampling:
         if call["num_microbatches"] != expected or call["micro_batch_size"] != engine.micro_batch:
             raise ConfigError(
                 f"The schedule must be called with {expected} micro-batches of {engine.micro_batch}, but is called "
-                f"with {call['num_microbatches']} of {call['micro_batch_size']} instead. Attach with the run's own batch "
-                "sizes; batch-size ramp-up is not supported."
+                f"with {call['num_microbatches']} of {call['micro_batch_size']} instead. Attach with the run's own "
+                "batch sizes; batch-size ramp-up is not supported."
             )
 
 
@@ -195,7 +195,7 @@ class ScheduleCall:
 
 
 @contextmanager
-def parameters_gathered(chunks: list[torch.nn.Module], gathered: bool) -> Iterator[None]:
+def parameters_gathered(chunks: list[torch.nn.Module], gathered: bool) -> Generator[None]:
     """Keep an interleaved schedule from gathering parameters again after the scoring pass has done so."""
     configs = [config for chunk in chunks if (config := getattr(chunk, "config", None)) is not None]
     before = [(config, getattr(config, "param_sync_func", None)) for config in configs]
@@ -299,6 +299,6 @@ def check_scoring_size(config: EvolvedSamplingConfig, own: int, pipeline: int, v
     if own % size or (own // size) % multiple:
         fitting = [s for s in range(1, own + 1) if own % s == 0 and (own // s) % multiple == 0]
         raise ConfigError(
-            f"`scoring_micro_batch_size` must cut a rank's {own} sequences into a multiple of {multiple} micro-batches, "
-            f"but is {size} instead. Use one of {fitting}."
+            f"`scoring_micro_batch_size` must cut a rank's {own} sequences into a multiple of {multiple} "
+            f"micro-batches, but is {size} instead. Use one of {fitting}."
         )

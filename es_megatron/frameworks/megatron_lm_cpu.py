@@ -7,6 +7,7 @@ have. Where CUDA is available nothing is changed at all.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -21,8 +22,8 @@ import torch
 
 from es_megatron.frameworks import cpu
 
-STAND_INS = ("megatron.legacy.fused_kernels",)
-"""Modules a stand-in is imported for: the first where it is not installed, the second always (it compiles CUDA code)."""
+STAND_INS = ("triton", "megatron.legacy.fused_kernels")
+"""Modules that a stand-in is imported for: the first where it is not installed, the second always."""
 
 
 def install() -> bool:
@@ -38,9 +39,28 @@ def install() -> bool:
     _answer_about_the_device()
     if not hasattr(typing, "override"):  # Python 3.12's, which megatron-core 0.17 and later import
         typing.override = lambda function: function  # pyright: ignore[reportAttributeAccessIssue]
+    importlib.import_module("torch._dynamo")  # which would take a stand-in for triton at its word; torch.optim loads it
     names = [name for name in STAND_INS if "." in name or importlib.util.find_spec(name) is None]
     sys.meta_path.insert(0, StandInFinder(names))
     return True
+
+
+def keep_pipeline_outputs() -> None:
+    """Have stages keep what they send, which Megatron-LM frees once it is under way; imports megatron.core.
+
+    Interleaved stages send without waiting, and gloo reads the memory later than NCCL does: what arrives is random.
+    """
+    if not cpu.installed():
+        return
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    original = ModelParallelConfig.__post_init__
+
+    def keeping(self: Any) -> None:
+        self.deallocate_pipeline_outputs = False
+        original(self)
+
+    ModelParallelConfig.__post_init__ = keeping
 
 
 def _answer_about_the_device() -> None:
@@ -74,7 +94,9 @@ def _zero() -> Any:
 
 
 class StandIn(types.ModuleType):
-    """A module in which every name is a function that returns its argument, so that decorators leave what they decorate."""
+    """A module in which every name is a function that returns its argument, as a decorator that does nothing."""
+
+    __version__ = "0.0"
 
     def __getattr__(self, name: str) -> Any:
         """Make the name, as a stand-in of its own."""
@@ -111,9 +133,7 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         """Make the stand-in."""
-        module = StandIn(spec.name)
-        module.__version__ = "0.0"
-        return module
+        return StandIn(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Nothing to run."""

@@ -46,12 +46,15 @@ class SplitRows(OneEpochDataset):
         super().__init__(name, file, seq_length)
         self.sequences = round(share * file.sequences)
         """Sequences of the split, which are the first of the file."""
-        ends = (*file.sequence_starts()[self.sequences : self.sequences + 1].tolist(), file.tokens * file.dtype.itemsize)
+        ends = (
+            *file.sequence_starts()[self.sequences : self.sequences + 1].tolist(),
+            file.tokens * file.dtype.itemsize,
+        )
         self._tokens = int(ends[0]) // file.dtype.itemsize
         if self._tokens <= seq_length:
             raise DataError(
-                f"The training split of `{file.prefix}` must have at least {seq_length + 1} tokens, but has {self._tokens} "
-                "instead: give it more text, a larger first number in `--split`, or leave it out."
+                f"The training split of `{file.prefix}` must have at least {seq_length + 1} tokens, but has "
+                f"{self._tokens} instead: give it more text, a larger first number in `--split`, or leave it out."
             )
 
     def __len__(self) -> int:
@@ -124,6 +127,11 @@ def open_rows(args: Namespace) -> tuple[Manifest, list[SplitRows]]:
     return Manifest(tuple(components), args.seq_length), rows
 
 
+def read_manifest(args: Namespace) -> Manifest:
+    """The training components alone; see `open_rows`."""
+    return open_rows(args)[0]
+
+
 class UpstreamRows:
     """Training samples by id, each made by upstream's dataset from the tokens of a one-epoch row."""
 
@@ -150,11 +158,15 @@ class UpstreamRows:
         theirs = [(str(part.dataset_path), int(part.indices[0]), int(part.indices[-1]) + 1) for part in parts]
         if ours != theirs:
             raise DataError(
-                f"Upstream's training split (file, first and last document) is {theirs}, but {ours} was expected. Give the "
-                "files by `--data-path` with `--split`, or by `--train-data-path`."
+                f"Upstream's training split (file, first and last document) is {theirs}, but {ours} was expected. Give "
+                "the files by `--data-path` with `--split`, or by `--train-data-path`."
             )
         self._manifest = manifest
         self._parts = [take_rows(part, each) for part, each in zip(parts, rows, strict=True)]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return int(self._manifest.total)
 
     def __getitem__(self, sample_id: int) -> Sample:
         """Read one sample."""
@@ -200,6 +212,6 @@ class UnreadLoader:
             ConfigError: always; something reads training data that the patches do not reach.
         """
         raise ConfigError(
-            "Training data is read outside the forward-backward schedule, where Evolved Sampling cannot provide it. Leave out "
-            "the flag that does so (such as `--iterations-to-skip`), or run with --no-es."
+            "Training data is read outside the forward-backward schedule, where Evolved Sampling cannot provide it. "
+            "Leave out the flag that does so (such as `--iterations-to-skip`), or run with --no-es."
         )

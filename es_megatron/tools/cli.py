@@ -15,9 +15,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; a user's mistake prints one line and returns 2."""
     parser = argparse.ArgumentParser(prog="es-megatron", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    from es_megatron.tools import demo, prepare, pretrain
+    from es_megatron.tools import demo, prepare, pretrain, run
+    from es_megatron.tools.config_patch import command as patch
+    from es_megatron.tools.config_patch import undo
 
-    for name, module in (("prepare", prepare), ("pretrain", pretrain), ("demo", demo)):
+    for name, module in (
+        ("prepare", prepare),
+        ("pretrain", pretrain),
+        ("demo", demo),
+        ("run", run),
+        ("patch", patch),
+        ("unpatch", undo),
+    ):
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -8,6 +8,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("--config", required=True, help="YAML file of settings, such as configs/demo.yaml")
+    parser.add_argument("--backend", choices=("megatron", "deepspeed"), help="short for backend=NAME")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
 
 
@@ -19,5 +20,6 @@ def run(arguments: argparse.Namespace) -> int:
     from es_megatron.trainer.loop import pretrain
     from es_megatron.trainer.settings import load_settings
 
-    pretrain(load_settings(arguments.config, arguments.overrides))
+    overrides = [*arguments.overrides, *([f"backend={arguments.backend}"] if arguments.backend else [])]
+    pretrain(load_settings(arguments.config, overrides))
     return 0

@@ -39,15 +39,26 @@ def set_initial_weights(model: GPTModel, settings: ModelSettings) -> None:
             stream (GPT-2), and the seed.
     """
     for name, weight in model.named_parameters():
-        if weight.dim() < 2:
-            continue
-        key = global_name(model, name)
-        std = settings.init_std
-        if key.endswith(RESIDUAL_WRITERS):
-            std /= math.sqrt(2 * settings.num_layers)
-        whole = draw_normal(settings.init_seed, key, whole_shape(weight)) * np.float32(std)
-        blocks = 2 if settings.swiglu and key.endswith(GATED) else 1
-        weight.copy_(own_part(torch.from_numpy(whole), weight, blocks))
+        set_initial_weight(global_name(model, name), weight, settings)
+
+
+@torch.no_grad()
+def set_initial_weight(key: str, weight: torch.Tensor, settings: ModelSettings) -> None:
+    """Draw this rank's part of one matrix, in place.
+
+    Args:
+        key: the weight's name in a model on one rank.
+        weight: this rank's part of it; a vector keeps its values.
+        settings: see `set_initial_weights`.
+    """
+    if weight.dim() < 2:
+        return
+    std = settings.init_std
+    if key.endswith(RESIDUAL_WRITERS):
+        std /= math.sqrt(2 * settings.num_layers)
+    whole = draw_normal(settings.init_seed, key, whole_shape(weight)) * np.float32(std)
+    blocks = 2 if settings.swiglu and key.endswith(GATED) else 1
+    weight.copy_(own_part(torch.from_numpy(whole), weight, blocks))
 
 
 def global_name(model: GPTModel, name: str) -> str:

@@ -33,10 +33,14 @@ Batch = Mapping[str, torch.Tensor]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-def initialize(settings: PretrainSettings) -> None:
+def initialize(settings: PretrainSettings, *, stages_elsewhere: bool = False) -> None:
     """Join the run: torch.distributed, Megatron's process groups and the seeds of every generator.
 
     Uses the process group there is, else that of torchrun's environment, else one of this process alone.
+
+    Args:
+        settings: of the run.
+        stages_elsewhere: whether another framework runs the pipeline stages, so that Megatron knows of none.
 
     Raises:
         LayoutError: the world cannot hold the layout; raised on every rank, before any group is made.
@@ -49,12 +53,15 @@ def initialize(settings: PretrainSettings) -> None:
     parallel = settings.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_size=1 if stages_elsewhere else parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         create_gloo_process_groups=False,
     )
     # Stages differ, so that their dropout does; data-parallel ranks do not, as in Megatron-LM.
-    seed = settings.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    if stages_elsewhere:
+        stage = dist.get_rank() * parallel.pipeline // world_size  # DeepSpeed's stages are the outermost axis
+    seed = settings.training.seed + 100 * stage
     random.seed(seed)
     np.random.seed(seed % (1 << 32))  # noqa: NPY002 - for libraries that draw from the global state
     torch.manual_seed(seed)
@@ -114,7 +121,7 @@ def build_model(settings: PretrainSettings, vocab_size: int) -> list[Distributed
     chunks: list[DistributedDataParallel] = []
     virtual = settings.parallel.virtual_pipeline
     for index in range(settings.parallel.chunks):
-        model: torch.nn.Module = _build_chunk(settings, config, vocab_size, None if virtual is None else index)
+        model: torch.nn.Module = build_chunk(settings, config, vocab_size, None if virtual is None else index)
         set_initial_weights(model, settings.model)
         model.cuda(torch.cuda.current_device())
         if settings.training.precision == "bf16":
@@ -196,8 +203,8 @@ def settled_weights(chunks: Sequence[DistributedDataParallel]) -> Generator[None
             chunk.enable_forward_pre_hook()
 
 
-def transformer_config(settings: PretrainSettings) -> TransformerConfig:
-    """Say the settings in Megatron-Core's words."""
+def transformer_config(settings: PretrainSettings, *, pipeline: int | None = None) -> TransformerConfig:
+    """Say the settings in Megatron-Core's words; `pipeline` overrides the number of stages that it knows of."""
     model, parallel = settings.model, settings.parallel
     dtype = torch.bfloat16 if settings.training.precision == "bf16" else torch.float32
     return TransformerConfig(
@@ -217,7 +224,7 @@ def transformer_config(settings: PretrainSettings) -> TransformerConfig:
         embedding_init_method=leave_uninitialized,
         use_cpu_initialization=True,
         tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_size=pipeline or parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
@@ -266,13 +273,14 @@ def _join_process_group() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def _build_chunk(settings: PretrainSettings, config: TransformerConfig, vocab_size: int, stage: int | None) -> GPTModel:
+def build_chunk(settings: PretrainSettings, config: TransformerConfig, vocab_size: int, stage: int | None) -> GPTModel:
+    """Build one chunk without wrappers and without initial weights; `stage` is its number where a rank has several."""
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
     model = settings.model
     return GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(settings),
+        transformer_layer_spec=layer_spec(settings),
         vocab_size=padded_vocab_size(settings, vocab_size),
         max_sequence_length=model.seq_length,
         pre_process=first,
@@ -284,7 +292,7 @@ def _build_chunk(settings: PretrainSettings, config: TransformerConfig, vocab_si
     )
 
 
-def _layer_spec(settings: PretrainSettings) -> ModuleSpec:
+def layer_spec(settings: PretrainSettings) -> ModuleSpec:
     """Choose Transformer Engine's layers on CUDA where it is installed, else Megatron-Core's own."""
     if layer_specs.HAVE_TE and not cpu.installed():
         return layer_specs.get_gpt_layer_with_transformer_engine_spec()

@@ -7,6 +7,7 @@ layout, and are restored if tensor- and pipeline-parallel sizes are those of the
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import random
 import shutil
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 BRIEF = 400
 """Characters of an upstream error that are repeated."""
+
+PROBE_BYTES = 1 << 16
+"""What every rank writes, and removes, before a checkpoint is begun."""
 
 SPACE_MARGIN = 1.02
 """Bytes a checkpoint takes on disk over those of its tensors: file headers and metadata."""
@@ -216,6 +220,8 @@ def _make_room(directory: Path, own_bytes: int) -> None:
         free = shutil.disk_usage(directory).free
         if free < needed:
             problem = f"needs {needed:,} bytes, but {free:,} are free"
+        else:
+            _write_probe(directory / f"probe-{dist.get_rank()}")
     except OSError as error:
         problem = f"cannot be made: {error.strerror}"
     problems: list[Any] = [None] * dist.get_world_size()
@@ -226,6 +232,17 @@ def _make_room(directory: Path, own_bytes: int) -> None:
                 f"Checkpoint `{directory}` {found} (rank {rank}). Free some space, keep fewer checkpoints, or change "
                 "`run.directory`."
             )
+
+
+def _write_probe(path: Path) -> None:
+    """Find out what free space does not tell: quotas, limits on file sizes, a disk that fails or is read-only."""
+    try:
+        with path.open("wb") as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

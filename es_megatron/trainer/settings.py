@@ -330,7 +330,9 @@ class PretrainSettings:
         lag, prefetch = self.evolved_sampling.mask_lag, self.data.prefetch
         require(prefetch <= lag, "prefetch", f"at most `mask_lag` = {lag}", prefetch)
         if self.backend == "deepspeed":
-            check_deepspeed(self.deepspeed, parallel, bf16=self.training.precision == "bf16")
+            training = self.training
+            bf16, clips = training.precision == "bf16", training.clip_grad > 0
+            check_deepspeed(self.deepspeed, parallel, bf16=bf16, tied=model.tie_embeddings, clips=clips)
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSettings:

@@ -104,20 +104,18 @@ def test_gradients_are_those_of_the_chosen_sequences(name: str, masks: str) -> N
     check(ranks, overrides, RandomRows(masks))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vpp2", "tp2", "dp2-overlaps", "pp2-dp2-overlaps"])
 def test_gradients_are_those_of_the_chosen_sequences_on_more_layouts(name: str) -> None:
     ranks, overrides = LAYOUTS[name]
     check(ranks, overrides, RandomRows(RAGGED))
 
 
-@pytest.mark.parametrize("name", ["dp2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("one", "pp2", "vpp2"))])
+@pytest.mark.parametrize("name", ["one", "dp2", "pp2", "vpp2"])
 def test_gradients_normalised_by_tokens_are_those_of_the_chosen_sequences(name: str) -> None:
     ranks, overrides = LAYOUTS[name]
     check(ranks, overrides, RandomRows(RAGGED), per_token=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -187,9 +185,10 @@ def test_experts_count_only_what_is_trained_on() -> None:
         expected = moe_counters(plain)
         assert len(expected) == len(counters) >= 10
         assert all(torch.equal(mine, other) for mine, other in zip(counters, expected, strict=True))
-    biases = [buffer for chunk in plain.chunks for name, buffer in chunk.module.named_buffers() if "expert_bias" in name]
-    assert len(biases) == 4
-    assert all(bias.abs().sum() > 0 for bias in biases)
+    names = [name for chunk in plain.chunks for name, _ in chunk.module.named_buffers()]
+    for index in (names.index(name) for name in names if "expert_bias" in name):
+        assert any(counters[index].abs().sum() > 0 for counters in counted)
+    assert sum("expert_bias" in name for name in names) == 4
 
 
 # --- invariant 6: scores and the optimizer step ---

@@ -94,7 +94,9 @@ class ExistingRun:
     def missing(self) -> list[str]:
         """Variables that stand in the sizes and are not known."""
         sizes = (*SIZES, "train_iters", "train_samples", "num_layers", "seq_length")
-        return list(dict.fromkeys(name for size in sizes for text in self.options.get(size, ()) for name in unknowns(text)))
+        return list(
+            dict.fromkeys(name for size in sizes for text in self.options.get(size, ()) for name in unknowns(text))
+        )
 
     @property
     def tensor(self) -> int | None:
@@ -143,7 +145,11 @@ class ExistingRun:
         return None if self.world_size % model else self.world_size // model
 
     def _data_parallel_of_batch(self) -> int | None:
-        whole, micro, steps = self.number("global_batch_size"), self.micro_batch, self.number("gradient_accumulation_steps")
+        whole, micro, steps = (
+            self.number("global_batch_size"),
+            self.micro_batch,
+            self.number("gradient_accumulation_steps"),
+        )
         if self.world_size is not None or not whole or not micro or not steps or whole % (micro * steps):
             return None
         return whole // (micro * steps)

@@ -13,7 +13,23 @@ from es_megatron.tools.config_patch.shell_values import MARK, Field, Shell
 SCRIPT = re.compile(r"(pretrain|train|finetune)\w*\.py")
 LAUNCHER = re.compile(r"torchrun|python[\d.]*|deepspeed|torch\.distributed\.(run|launch)|accelerate")
 RUNNER = "es_megatron.run"
-HARMLESS = ("echo", "printf", "ls", "cp", "mv", "cat", "test", "[", "[[", "ln", "chmod", "md5sum", "grep", "git", "export")
+HARMLESS = (
+    "echo",
+    "printf",
+    "ls",
+    "cp",
+    "mv",
+    "cat",
+    "test",
+    "[",
+    "[[",
+    "ln",
+    "chmod",
+    "md5sum",
+    "grep",
+    "git",
+    "export",
+)
 DIRECTIVE = re.compile(r"^#SBATCH\s+(.*)$", re.MULTILINE)
 WHITESPACE = " \t\r\n\f\v"
 
@@ -113,9 +129,7 @@ def launches_it(before: list[str]) -> bool:
     return any(LAUNCHER.fullmatch(posixpath.basename(each)) or MARK.search(each) for each in before)
 
 
-def find_launches(
-    text: str, command: Command, fields: list[Field], shell: Shell, name: str | None
-) -> Iterator[Launch]:
+def find_launches(text: str, command: Command, fields: list[Field], shell: Shell, name: str | None) -> Iterator[Launch]:
     """Give the launch that a command is, directly or in a quoted command of its own."""
     texts = [each.text for each in fields]
     for at, each in enumerate(fields):

@@ -154,11 +154,19 @@ class Shell:
             if not sure and isinstance(value, list):
                 old = before if isinstance(before, list) else []
                 self.undecided += [item.split("=")[0] for item in value[len(old) :] if item.startswith("--")]
-            elif not sure and value != before:
-                value = unknown(each.name)
+            elif not sure and isinstance(value, str) and value != before:
+                value = self._merged(each.name, before, value)
             self.variables[each.name] = value
             if not each.array:
                 self.sources[each.name] = each.words[0]
+
+    def _merged(self, name: str, before: Value | None, value: str) -> str:
+        """A scalar that may or may not be set: options are read as if they are, anything else is not known."""
+        had = before if isinstance(before, str) and "--" in before else ""
+        if "--" in value:
+            self.undecided += [item.split("=")[0] for item in value.removeprefix(had).split() if item.startswith("--")]
+            return value if value.startswith(had) else f"{had} {value}"
+        return had or unknown(name)
 
     def _value(self, each: Assignment, before: Value | None) -> Value:
         if each.array:
@@ -167,9 +175,8 @@ class Shell:
                 return items
             return (before if isinstance(before, list) else [before] if before else []) + items
         text = self.text(each.words[0])
-        if not each.append:
-            return text
-        return (" ".join(before) if isinstance(before, list) else before or "") + text
+        old = (" ".join(before) if isinstance(before, list) else before or "") if each.append else ""
+        return old + text
 
     def text(self, word: Word) -> str:
         """A word without splitting, as in an assignment."""

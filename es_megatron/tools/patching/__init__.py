@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from es_megatron.tools.patching.declaration import Patch, PatchList, read_patches, upstreams
-from es_megatron.tools.patching.registry import Status, apply, check, list_patches, report, undo, upstream_version
+from es_megatron.tools.patching.registry import (
+    Status,
+    apply,
+    check,
+    list_patches,
+    patch_and_report,
+    report,
+    undo,
+    upstream_version,
+)
 
 __all__ = [
     "Patch",
@@ -12,6 +21,7 @@ __all__ = [
     "apply",
     "check",
     "list_patches",
+    "patch_and_report",
     "read_patches",
     "report",
     "undo",

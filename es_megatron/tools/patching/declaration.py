@@ -52,7 +52,7 @@ class Patch:
     def covers(self, version: Version) -> bool:
         """Whether the entry is for a version."""
         found = _RANGE.fullmatch(self.versions)
-        assert found is not None  # noqa: S101 - checked at construction
+        assert found is not None
         return parse_version(found[1]) <= version < parse_version(found[2])
 
 
@@ -84,9 +84,13 @@ class PatchList:
 
     def nearest(self, version: Version) -> str:
         """The supported version nearest to another one; of two as near the older one."""
-        major, minor = (*version, 0, 0)[:2]
-        distances = {each: (abs(a - major), abs(b - minor)) for each in self.supported for a, b in [parse_version(each)]}
-        return min(self.supported, key=lambda each: (distances[each], parse_version(each)))
+
+        def place(version: Version) -> int:
+            major, minor = (*version, 0)[:2]
+            return 1000 * major + minor
+
+        at = place(version)
+        return min(self.supported, key=lambda each: (abs(place(parse_version(each)) - at), parse_version(each)))
 
 
 def parse_version(text: str) -> Version:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -112,8 +113,8 @@ def undo(patches: PatchList) -> list[str]:
     for patch, place in places:
         if _own_mark(place.value) is None and _is_wrapped_below(place.value):
             raise PatchError(
-                f"`{patch.target}` was wrapped by something else after es_megatron patched it. Undo that first; nothing "
-                "was undone."
+                f"`{patch.target}` was wrapped by something else after es_megatron patched it. Undo that first; "
+                "nothing was undone."
             )
     undone: list[str] = []
     for patch, place in places:
@@ -128,6 +129,18 @@ def report(patches: PatchList, statuses: Sequence[Status]) -> list[str]:
     """Lines to print at start-up."""
     head = f"es_megatron patches {patches.upstream} {upstream_version(patches)}:"
     return [head, *(f"  {each.state:8s} {each.patch.target}: {each.patch.why}" for each in statuses)]
+
+
+def patch_and_report(upstream: str) -> None:
+    """Apply all patches of an upstream, and list them on rank 0.
+
+    Raises:
+        PatchError: it is not as the patches rely on; nothing is changed then.
+    """
+    patches = read_patches(upstream)
+    statuses = apply(patches)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(report(patches, statuses)), flush=True)
 
 
 def _for_version(patches: PatchList, version: Version) -> list[Patch]:

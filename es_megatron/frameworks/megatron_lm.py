@@ -1,0 +1,346 @@
+"""Evolved Sampling in a run of unmodified Megatron-LM; the patches of its training loop call these functions.
+
+There is one run in a process. Every function does nothing while it is off. Upstream's count of iterations stays
+upstream's: iteration k of it is iteration k - `started_at` of ours, which is above 0 where scores were started from a
+plain checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch.distributed as dist
+
+from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
+from es_megatron.data.manifest import Manifest
+from es_megatron.data.mask import KeptMask
+from es_megatron.errors import CheckpointError
+from es_megatron.frameworks.arguments import Switches, read_switches
+from es_megatron.frameworks.feed import MetaBatchFeed
+from es_megatron.frameworks.megatron_core import MegatronCoreSampling, attach
+from es_megatron.frameworks.megatron_lm_data import SplitRows, UnreadLoader, UpstreamRows, open_rows, read_manifest
+from es_megatron.frameworks.megatron_lm_settings import Length, StartingPoint, check_settings, find_start, plan_length
+from es_megatron.metrics import RunTotals, saved_share
+from es_megatron.plan import Layout, describe
+
+LOGGER = logging.getLogger(__name__)
+OVERWRITING_LOGGER = "megatron.core.dist_checkpointing.serialization"
+
+
+@dataclass
+class Run:
+    """Evolved Sampling in this process."""
+
+    args: Namespace
+    """Megatron's."""
+    sampling: MegatronCoreSampling
+    totals: RunTotals
+    length: Length
+    started_at: int
+    """Iteration of Megatron's at which Evolved Sampling began."""
+    resumed_at: int
+    """Iteration of Megatron's that this process goes on from."""
+    audit: TextIO | None = None
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    """Wall-clock by part since the last line."""
+
+    @property
+    def iteration(self) -> int:
+        """Finished iterations, as Megatron counts them."""
+        return self.sampling.engine.iteration + self.started_at
+
+
+_run: Run | None = None
+
+
+def active() -> Run | None:
+    """The run of this process, None while Evolved Sampling is off."""
+    return _run
+
+
+def stop() -> None:
+    """Forget the run; for tests."""
+    global _run  # noqa: PLW0603 - a process has one Megatron, whose own state is global too
+    _run = None
+
+
+def start() -> None:
+    """Plan the run, or restore it, once Megatron's process groups stand; collective.
+
+    Raises:
+        EsError: on every rank, what cannot work.
+    """
+    from megatron.training.global_vars import get_args  # pyright: ignore[reportMissingImports]
+
+    args: Namespace = get_args()
+    switches = read_switches(args)
+    if switches.config is None or args.skip_train or _run is not None:
+        return
+    check_settings(args)
+    manifest = Manifest.from_json(_from_first_rank(lambda: read_manifest(args).to_json()))
+    _begin(args, switches, manifest, _from_first_rank(lambda: find_start(args)))
+
+
+def _begin(args: Namespace, switches: Switches, manifest: Manifest, at: StartingPoint) -> None:
+    global _run  # noqa: PLW0603
+    config = switches.config
+    assert config is not None
+    length = plan_length(args, at)
+    sampling = attach(
+        config,
+        manifest,
+        None,
+        model_config=args,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        train_samples=length.samples,
+    )
+    engine = sampling.engine
+    totals = RunTotals(len(manifest.components), engine.meta_batch)
+    run = Run(args, sampling, totals, length, at.started_at, at.iteration)
+    if at.folder is not None:
+        _restore(run, Path(at.folder))
+    changes = length.shorten(args, at.started_at + engine.plan.schedule.iterations)
+    if engine.replica.world_rank == 0:
+        run.audit = None if switches.audit is None else switches.audit.open("a", encoding="utf-8")
+        _print_plan(run, changes)
+    _run = run
+
+
+def _restore(run: Run, folder: Path) -> None:
+    engine = run.sampling.engine
+    manifest = engine.manifest
+    state = load_es_state(folder, manifest.total, engine.replica, manifest.to_json())
+    sizes = manifest.sizes
+    masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in state.masks.items()}
+    engine.load_state_dict(state.state["engine"], masks)
+    engine.store.load(state.score, state.visits)
+    run.totals.load_state_dict(state.state["totals"])
+    if run.iteration != run.resumed_at:
+        raise CheckpointError(
+            f"`{folder}` must be of iteration {run.resumed_at}, but is of {run.iteration} instead. Use another "
+            "checkpoint (`--ckpt-step`)."
+        )
+
+
+def check_loaded(iteration: int) -> None:
+    """Compare the iteration that Megatron has loaded with the one whose scores were restored.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if _run is not None and iteration != _run.resumed_at:
+        raise CheckpointError(
+            f"Megatron has loaded iteration {iteration}, but the scores are of iteration {_run.resumed_at}. Name "
+            "the iteration with `--ckpt-step`, or load nothing."
+        )
+
+
+@contextmanager
+def length_of_plain_run() -> Generator[None]:
+    """Let Megatron see the lengths that the user gave, while it computes the sizes of its datasets."""
+    if _run is None:
+        yield
+        return
+    with _run.length.original(_run.args):
+        yield
+
+
+def take_training_data(dataset: Any) -> Any:
+    """Have upstream's training dataset make our samples; on ranks that have one."""
+    if _run is None or dataset is None:
+        return dataset
+    run, engine = _run, _run.sampling.engine
+    if run.sampling.feed is None:
+        rows: list[SplitRows] = open_rows(run.args)[1]
+        run.sampling.feed = MetaBatchFeed(
+            UpstreamRows(engine.manifest, rows, dataset),
+            engine.sampler,
+            engine.own,
+            workers=run.args.num_workers,
+            mask_lag=engine.config.mask_lag,
+        )
+    return UnreadLoader()
+
+
+def wrap_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
+    """Put scoring and choosing around the schedule of a training loop."""
+    if _run is None:
+        return schedule
+    args = _run.args
+
+    def sized(**call: Any) -> Any:
+        # ranks that get their batch from a tensor-parallel peer make room for it by Megatron's own micro-batch size
+        before, args.micro_batch_size = args.micro_batch_size, call["micro_batch_size"]
+        try:
+            return schedule(**call)
+        finally:
+            args.micro_batch_size = before
+
+    return _run.sampling.wrap(sized)
+
+
+def finish_step(*, skipped: bool, leaving: bool) -> None:
+    """Commit scores after a step, or forget them.
+
+    Args:
+        skipped: the optimizer did not step.
+        leaving: Megatron gives the iteration up and leaves; it will be run again.
+    """
+    if _run is None:
+        return
+    engine = _run.sampling.engine
+    if leaving:
+        engine.store.discard()
+        return
+    _run.sampling.finish(not skipped)
+    record = engine.last
+    assert record is not None
+    _run.totals.add(record, {}, succeeded=not skipped)
+    for name, value in record.seconds.items():
+        _run.seconds[name] = _run.seconds.get(name, 0.0) + value
+    if _run.audit is not None:
+        line = {"iteration": _run.iteration, "scored": record.scored, "chosen": record.chosen.tolist()}
+        _run.audit.write(json.dumps(line) + "\n")
+        _run.audit.flush()
+
+
+def state_saved(iteration: int, non_persistent: bool) -> AbstractContextManager[Any]:
+    """Write `es_state/` into the checkpoint's folder, before Megatron writes its own files inside the `with`.
+
+    Raises:
+        CheckpointError: it cannot be written, or Megatron saves at another iteration than ours.
+    """
+    if _run is None or non_persistent:
+        return nullcontext()
+    from megatron.training.checkpointing import get_checkpoint_name  # pyright: ignore[reportMissingImports]
+
+    engine = _run.sampling.engine
+    if iteration != _run.iteration:
+        raise CheckpointError(
+            f"Megatron saves at iteration {iteration}, but Evolved Sampling is at {_run.iteration}: a step was not "
+            "told to it. Report this, with the flags of the run."
+        )
+    store = engine.store
+    report = save_es_state(
+        Path(get_checkpoint_name(_run.args.save, iteration, return_base_dir=True)) / "es_state",
+        ScoreRange(engine.manifest.total, store.low, store.score, store.visits),
+        {key: mask.packed for key, mask in engine.sampler.masks.items()},
+        {"engine": engine.state_dict(), "totals": _run.totals.state_dict(), "started_at": _run.started_at},
+        engine.manifest.to_json(),
+        engine.replica,
+    )
+    if engine.replica.world_rank == 0:
+        _say(f"es: saved scores of iteration {iteration}, {report.bytes} bytes in {report.seconds:.2f} s")
+    return _expected_folder()
+
+
+@contextmanager
+def _expected_folder() -> Generator[None]:
+    """Drop upstream's warning that the folder of the checkpoint is not empty: we have just written to it."""
+
+    def unless_expected(record: logging.LogRecord) -> bool:
+        return "Overwriting old incomplete" not in record.getMessage()
+
+    logger = logging.getLogger(OVERWRITING_LOGGER)
+    logger.addFilter(unless_expected)
+    try:
+        yield
+    finally:
+        logger.removeFilter(unless_expected)
+
+
+def log(iteration: int) -> None:
+    """A line after Megatron's own, on the rank that prints that."""
+    if _run is None or iteration % _run.args.log_interval:
+        return
+    engine, totals, record = _run.sampling.engine, _run.totals, _run.sampling.engine.last
+    seconds, _run.seconds = _run.seconds, {}
+    if dist.get_rank() != dist.get_world_size() - 1 or record is None:
+        return
+    saved = saved_share(engine.plan, engine.iteration, totals)
+    tokens = 1e-6 * _run.args.seq_length
+    forwarded, trained = (
+        (totals.sequences_scored + totals.sequences_trained) * tokens,
+        totals.sequences_trained * tokens,
+    )
+    score, train = (1e3 * seconds.get(part, 0.0) / _run.args.log_interval for part in ("score", "train"))
+    parts = [
+        f"es: iteration {iteration:8d}/{_run.args.train_iters:8d}",
+        f"es kept: {len(record.chosen)}/{engine.meta_batch}",
+        f"meta-batch loss: {record.meta_loss:.6E}",
+        f"saved so far: {saved:.1%}",
+        f"tokens forwarded: {forwarded:.3f} M",
+        f"tokens trained: {trained:.3f} M",
+        f"es score/train (ms): {score:.1f}/{train:.1f}",
+        f"nan sequences: {totals.bad}",
+    ]
+    _say(" " + " | ".join(parts) + " |")
+    _to_board(
+        iteration,
+        {
+            "es/kept": len(record.chosen),
+            "es/meta_loss": record.meta_loss,
+            "es/chosen_loss": record.chosen_loss,
+            "es/saved": saved,
+            "es/tokens_forwarded": 1e6 * forwarded,
+            "es/tokens_trained": 1e6 * trained,
+        },
+    )
+
+
+def _to_board(iteration: int, scalars: dict[str, float]) -> None:
+    """Write scalars with Megatron's TensorBoard writer, where it has one; not-a-number is left out."""
+    from megatron.training.global_vars import get_tensorboard_writer  # pyright: ignore[reportMissingImports]
+
+    writer = get_tensorboard_writer()
+    if writer is None:
+        return
+    for name, value in scalars.items():
+        if value == value:  # noqa: PLR0124
+            writer.add_scalar(name, value, iteration)
+
+
+def _print_plan(run: Run, changes: list[str]) -> None:
+    args, engine = run.args, run.sampling.engine
+    own = len(engine.own)
+    layout = Layout(
+        micro_batches=own // args.micro_batch_size,
+        scoring_micro_batches=own // (engine.config.scoring_micro_batch_size or args.micro_batch_size),
+        pipeline=args.pipeline_model_parallel_size,
+        virtual=args.virtual_pipeline_model_parallel_size or 1,
+    )
+    _say(describe(engine.plan, layout, args.seq_length, calibrated=False))
+    for change in changes:
+        _say(f"es: {change}")
+    if run.resumed_at > run.started_at:
+        _say(f"es: goes on at iteration {run.resumed_at} with the scores saved there")
+    elif run.started_at:
+        _say(
+            f"es: starts at iteration {run.started_at} of a plain checkpoint; its first iterations train on everything"
+        )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _from_first_rank(compute: Callable[[], Any]) -> Any:
+    """What `compute` gives on rank 0, on every rank; what it raises there is raised on every rank."""
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [compute()]
+        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it
+            box = [error]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]

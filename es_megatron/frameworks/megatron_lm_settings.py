@@ -1,0 +1,172 @@
+"""What Evolved Sampling makes of Megatron-LM's arguments: what it refuses, where it starts, how long the run is."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from es_megatron.checkpoint.sealed import parse_json
+from es_megatron.errors import CheckpointError, ConfigError
+
+REFUSED = {
+    "rampup_batch_size": "the meta-batch must stay the same through the run",
+    "step_batch_size_schedule": "the meta-batch must stay the same through the run",
+    "decrease_batch_size_if_needed": "the meta-batch must stay the same through the run",
+    "iterations_to_skip": "skipped iterations read training data outside the schedule",
+    "phase_transition_iterations": "a phase begins anew in its own data order",
+    "perform_rl_step": "training data is made during the run, so no sample comes back",
+    "sft": "packed samples are not rows of a one-epoch packing",
+    "fim_data": "samples are transformed at random, so a sample has no identity",
+    "mock_data": "there is no text to score",
+    "hybrid_context_parallel": "sequences of a batch would be regrouped",
+    "dataloader_inter_document_masking": "packed sequences have not been tried",
+    "non_persistent_save_interval": "scores are saved with persistent checkpoints only",
+    "ckpt_convert_format": "a conversion does not train",
+    "use_megatron_fsdp": "it has not been tried",
+    "use_torch_fsdp2": "it has not been tried",
+    "external_cuda_graph": "a captured graph is bound to one micro-batch shape and mode",
+    "optimizer_cuda_graph": "it has not been tried",
+    "moe_expert_rank_capacity_factor": "its wrapper of the schedule has not been tried",
+    "modelopt_enabled": "distillation and pruning of weights have not been tried",
+    "logits_load_dir": "distillation has not been tried",
+    "vision_pretraining": "only text is supported",
+    "yaml_cfg": "flags of the command line are not read with it",
+}
+"""Arguments that must be off, and why; those a version does not have are off."""
+
+OFF = (None, False, 0, [], ())
+
+
+class StartingPoint(NamedTuple):
+    """What a run goes on from."""
+
+    iteration: int
+    """Of the checkpoint that Megatron will load, 0 for none."""
+    folder: str | None
+    """`es_state` of it, None where there is none."""
+    started_at: int
+    """Iteration at which Evolved Sampling began, or begins now."""
+
+
+def check_settings(args: Namespace) -> None:
+    """Refuse what cannot work before anything is built.
+
+    Raises:
+        ConfigError: names the flag, why, and the cure.
+    """
+    for name, reason in REFUSED.items():
+        value = getattr(args, name, None)
+        if value not in OFF:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"`{flag}` must be off with Evolved Sampling, but is {value!r} instead: {reason}. Leave it out, or run "
+                "with --no-es."
+            )
+    if args.dataloader_type not in ("single", "cyclic"):
+        raise ConfigError(
+            f"`--dataloader-type` must be single or cyclic with Evolved Sampling, but is "
+            f"{args.dataloader_type!r} instead: the data order is its own. Leave it out."
+        )
+
+
+def find_start(args: Namespace) -> StartingPoint:
+    """Find the checkpoint that Megatron is going to load, and the scores in it.
+
+    Raises:
+        CheckpointError: its tracker file or the state in it cannot be read.
+    """
+    if not args.load or args.finetune:
+        return StartingPoint(0, None, 0)
+    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    told = str(getattr(args, "ckpt_step", None) or "")
+    if not told:
+        told = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else "release"
+    if told == "release":
+        return StartingPoint(0, None, 0)
+    if not told.isdigit():
+        raise CheckpointError(f"`{tracker}` must hold an iteration, but holds {told!r} instead. Restore it.")
+    iteration = int(told)
+    folder = Path(args.load) / f"iter_{iteration:07d}" / "es_state"
+    if not (folder / "manifest.json").is_file():
+        return StartingPoint(iteration, None, iteration)
+    state = parse_json((folder / "state.json").read_bytes(), folder / "state.json")
+    return StartingPoint(iteration, str(folder), int(state["started_at"]))
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the user wants the run to be, as Megatron's arguments say it."""
+
+    samples: int
+    """Draws of the plain run that are left to Evolved Sampling."""
+    plain_iterations: int
+    """Iterations of the whole plain run."""
+    given: dict[str, int | None]
+    """The arguments that say it."""
+
+    def shorten(self, args: Namespace, iterations: int) -> list[str]:
+        """Set Megatron's arguments to another number of iterations; the learning-rate schedule ends with them.
+
+        Returns:
+            What was changed, in words.
+        """
+        share, batch = iterations / self.plain_iterations, args.global_batch_size
+        new: dict[str, int | None] = dict(self.given)
+        if self.given["train_samples"]:
+            new["train_samples"] = iterations * batch
+        else:
+            new["train_iters"] = iterations
+        for name in ("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"):
+            value = self.given[name]
+            if value is not None:
+                new[name] = max(1, round(value * share))
+        told = [f"{name} {self.given[name]} -> {new[name]}" for name in new if new[name] != self.given[name]]
+        for name, value in new.items():
+            setattr(args, name, value)
+        return [f"changed to the planned {iterations} iterations: {', '.join(told)}"] if told else []
+
+    @contextmanager
+    def original(self, args: Namespace) -> Generator[None]:
+        """Put the arguments of the plain run back for a while."""
+        before = {name: getattr(args, name) for name in self.given}
+        for name, value in self.given.items():
+            setattr(args, name, value)
+        args.train_iters = self.plain_iterations
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(args, name, value)
+
+
+def plan_length(args: Namespace, at: StartingPoint) -> Length:
+    """Read the length of the plain run; Megatron leaves an incomplete last batch out.
+
+    Where a plain checkpoint is adopted, its own learning-rate schedule must give way to the shorter one.
+
+    Raises:
+        ConfigError: no length, or a run that is over already.
+    """
+    names = (
+        "train_iters",
+        "train_samples",
+        "lr_decay_iters",
+        "lr_decay_samples",
+        "lr_wsd_decay_iters",
+        "lr_wsd_decay_samples",
+    )
+    given = {name: getattr(args, name, None) for name in names}
+    iterations = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    left = iterations - at.started_at
+    if left < 1:
+        raise ConfigError(
+            f"The run must go on beyond iteration {at.started_at}, where Evolved Sampling starts, but has {iterations} "
+            "iterations. Raise `--train-iters` (or `--train-samples`), or run with --no-es."
+        )
+    if at.started_at:
+        args.override_opt_param_scheduler = True
+    return Length(left * args.global_batch_size, iterations, given)

@@ -1,0 +1,60 @@
+"""Run a script of an upstream with Evolved Sampling: `python -m es_megatron.run pretrain_gpt.py FLAGS --es-...`.
+
+The script is not changed and sees what it would see if it had been started itself: its own folder first on the path,
+its own arguments. Without any `--es` flag it runs as it is, with nothing patched that has an effect.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from es_megatron.errors import ConfigError, EsError
+from es_megatron.tools.patching import patch_and_report
+
+UPSTREAM = "megatron-lm"
+USAGE = "usage: python -m es_megatron.run SCRIPT.py [FLAGS OF THE SCRIPT] [--es ...]"
+
+
+def prepare(script: Path) -> None:
+    """Make the script's folder importable, put the CPU layer in place where there is no GPU, and patch.
+
+    Raises:
+        ConfigError: there is no such script.
+        PatchError: the upstream is not as the patches rely on.
+    """
+    if not script.is_file():
+        raise ConfigError(f"`{script}` must be a script, but there is no such file. {USAGE}")
+    sys.path.insert(0, str(script.resolve().parent))
+    from es_megatron.frameworks import megatron_lm_cpu
+
+    if megatron_lm_cpu.install():
+        if os.environ.get("RANK", "0") == "0":
+            print("es_megatron: no CUDA here; on the CPU, which is for trying things out only", flush=True)
+        megatron_lm_cpu.keep_pipeline_outputs()
+    patch_and_report(UPSTREAM)
+
+
+def main() -> None:
+    """Prepare, then run the script as the main program of this process."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    script = Path(sys.argv[1])
+    sys.argv = sys.argv[1:]
+    try:
+        prepare(script)
+        # Not by runpy, which would put another module in __main__'s place: what the script pickles would not be found,
+        # and a spawned process (saving a checkpoint starts one) would run the script's imports again.
+        namespace: dict[str, Any] = vars(sys.modules["__main__"])
+        namespace["__file__"] = str(script)
+        exec(compile(script.read_bytes(), str(script), "exec"), namespace)  # noqa: S102 - it is what the user asked for
+    except EsError as error:
+        print(f"es_megatron: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Unmodified Megatron-LM with Evolved Sampling: `MEGATRON_LM=CHECKOUT make test-megatron-lm`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.megatron_lm_helper import SCORES, Outcome, Site, digest_tensors
+
+CHECKOUT = os.environ.get("MEGATRON_LM", "")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        not CHECKOUT, reason="needs a checkout of Megatron-LM: MEGATRON_LM=FOLDER make test-megatron-lm"
+    ),
+]
+
+LENGTH = ["--train-iters", "70"]
+LAYOUTS = {
+    "DP2": (2, []),
+    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "TP2": (2, ["--tensor-model-parallel-size", "2"]),
+    "PP2xDP2": (4, ["--pipeline-model-parallel-size", "2"]),
+    "VPP2": (2, ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
+    "DP2-distributed-optimizer": (
+        2,
+        [
+            "--use-distributed-optimizer",
+            "--overlap-grad-reduce",
+            "--overlap-param-gather",
+            "--es-scoring-micro-batch-size",
+            "4",
+        ],
+    ),
+    "TP2-larger-scoring-batch": (2, ["--tensor-model-parallel-size", "2", "--es-scoring-micro-batch-size", "8"]),
+}
+PLAIN_LAYOUTS = ["DP2", "PP2", "TP2", "PP2xDP2", "VPP2"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site.make(tmp_path_factory.mktemp("megatron_lm"), Path(CHECKOUT).resolve())
+
+
+@pytest.fixture(scope="module")
+def weights(site: Site) -> list[str]:
+    """Flags that load the same initial weights on every layout, which initialises them by stage otherwise."""
+    folder = str(site.root / "weights")
+    still = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0"]
+    made = site.run("weights", [*still, "--save", folder, "--save-interval", "1"], patched=False)
+    assert made.code == 0, made.text[-3000:]
+    return ["--load", folder, "--finetune", "--no-load-optim", "--no-load-rng"]
+
+
+@pytest.fixture(scope="module")
+def reference(site: Site, weights: list[str]) -> Outcome:
+    """One rank, uninterrupted."""
+    return succeeded(site.run("reference", [*LENGTH, *SCORES, *weights]))
+
+
+def succeeded(outcome: Outcome) -> Outcome:
+    assert outcome.code == 0, outcome.text[-4000:]
+    return outcome
+
+
+def test_reference_selects_prunes_and_tells(reference: Outcome) -> None:
+    chosen = reference.chosen()
+    iterations = len(chosen)
+    assert list(chosen) == list(range(1, iterations + 1))
+    assert 50 <= iterations < 70, "pruned epochs make the run shorter than the plain one"
+    assert {len(ids) for ids in chosen.values()} == {4, 16}
+    assert f"train_iters 70 -> {iterations}" in reference.text
+    assert f"iteration {iterations:8d}/{iterations:8d}" in reference.text
+    last = [line for line in reference.text.splitlines() if line.startswith(" es: iteration")][-1]
+    trained = 32e-6 * sum(len(ids) for ids in chosen.values())
+    scored = 32e-6 * sum(line["scored"] for line in reference.audit)
+    assert f"| tokens forwarded: {scored + trained:.3f} M | tokens trained: {trained:.3f} M |" in last
+    saved = float(last.split("saved so far: ")[1].split("%")[0])
+    assert 40 < saved < 60
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_sequences_on_every_layout(site: Site, weights: list[str], reference: Outcome, layout: str) -> None:
+    ranks, flags = LAYOUTS[layout]
+    outcome = succeeded(site.run(layout, [*LENGTH, *SCORES, *weights, *flags], ranks=ranks))
+    assert outcome.chosen() == reference.chosen()
+
+
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS)
+def test_off_is_bit_identical_to_a_run_without_the_package(site: Site, layout: str) -> None:
+    ranks, flags = LAYOUTS[layout]
+    digests: list[str] = []
+    losses: list[dict[int, str]] = []
+    for name, patched, more in (("untouched", False, []), ("off", True, []), ("no-es", True, ["--no-es"])):
+        if name == "no-es" and layout != "DP2":
+            continue
+        folder = site.root / f"{layout}-{name}"
+        keep = ["--train-iters", "6", "--save", str(folder), "--save-interval", "6"]
+        outcome = succeeded(site.run(f"{layout}-{name}", [*keep, *flags, *more], ranks=ranks, patched=patched))
+        digests.append(digest_tensors(folder / "iter_0000006"))
+        losses.append(outcome.values("lm loss"))
+        assert not (folder / "iter_0000006" / "es_state").exists()
+        if not patched:
+            assert "es_megatron modules: es_megatron " in outcome.text
+            assert "es_megatron.engine" not in outcome.text
+    assert len(losses[0]) == 6
+    assert all(each == losses[0] for each in losses)
+    assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 2), (2, 1)], ids=["DP1", "DP2", "DP2-to-DP1"])
+def test_resume_equals_uninterrupted(
+    site: Site, weights: list[str], reference: Outcome, ranks: tuple[int, int]
+) -> None:
+    name = f"resume-{ranks[0]}-{ranks[1]}"
+    folder = site.root / name
+    keep = [*LENGTH, *SCORES, "--save", str(folder), "--save-interval", "100"]
+    # the exit saves; iteration 33 is within pruned epochs of both components
+    first = succeeded(site.run(name, [*keep, *weights, "--exit-interval", "33"], ranks=ranks[0]))
+    assert max(first.chosen()) == 33
+    assert (folder / "iter_0000033" / "es_state" / "manifest.json").is_file()
+    second = succeeded(site.run(name, [*keep, "--load", str(folder)], ranks=ranks[1]))
+    assert "goes on at iteration 33 with the scores saved there" in second.text
+    assert second.chosen() == reference.chosen()
+    norms, whole = second.values("grad norm"), reference.values("grad norm")
+    assert list(norms) == list(range(34, len(whole) + 1))
+    assert {k: float(v) for k, v in norms.items()} == pytest.approx({k: float(whole[k]) for k in norms}, abs=2e-3)
+    if ranks == (1, 1):
+        assert norms == {k: whole[k] for k in norms}
+
+
+def test_plain_checkpoint_is_adopted_and_given_back(site: Site, weights: list[str]) -> None:
+    folder = site.root / "adopt"
+    keep = [*LENGTH, "--save", str(folder), "--save-interval", "100"]
+    succeeded(site.run("adopt-plain", [*keep, *weights, "--exit-interval", "20"], patched=False))
+    adopted = succeeded(site.run("adopt-es", [*keep, *SCORES, "--load", str(folder), "--exit-interval", "40"]))
+    assert "starts at iteration 20 of a plain checkpoint" in adopted.text
+    chosen = adopted.chosen()
+    assert list(chosen) == list(range(21, 41))
+    assert len(chosen[21]) == 16, "scores are warmed up on whole meta-batches"
+    assert len(chosen[40]) == 4
+    resumed = succeeded(site.run("adopt-es", [*keep, *SCORES, "--load", str(folder), "--exit-interval", "45"]))
+    assert list(resumed.chosen()) == list(range(21, 46))
+    back = ["--load", str(folder), "--override-opt_param-scheduler", "--exit-interval", "50"]
+    plain = succeeded(site.run("adopt-back", [*keep, *back], patched=False))
+    assert list(plain.values("grad norm")) == list(range(46, 51))
+
+
+def test_one_line_in_the_script(site: Site, weights: list[str], reference: Outcome) -> None:
+    """`import es_megatron.auto`, for those who prefer it to the runner."""
+    script = site.root / "with_auto.py"
+    script.write_text(f"import es_megatron.auto\n{Path(site.script).read_text()}")
+    flags = [*LENGTH, *SCORES, *weights, "--exit-interval", "12"]
+    outcome = succeeded(site.run("auto", flags, patched=False, script=str(script)))
+    assert outcome.chosen() == {k: v for k, v in reference.chosen().items() if k <= 12}
+
+
+def test_validation_data_is_that_of_the_plain_run(site: Site, weights: list[str], reference: Outcome) -> None:
+    def sizes(outcome: Outcome) -> list[str]:
+        lines = [line.strip() for line in outcome.text.splitlines()]
+        return [line for line in lines if line.startswith(("validation: ", "test: ", "train: "))]
+
+    plain = succeeded(site.run("sizes", [*LENGTH, *weights, "--exit-interval", "1"], patched=False))
+    assert len(sizes(plain)) >= 3
+    assert sizes(plain) == sizes(reference)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--mock-data", "--es"], "`--mock-data` must be off with Evolved Sampling"),
+        (["--es-keep-ratio", "0.1"], "`keep_ratio` times the meta-batch must be a multiple of 2"),
+        (["--es-beta1", "1.5"], "`beta1` must be in [0, 1], but is 1.5 instead"),
+    ],
+    ids=["mock-data", "keep-ratio", "beta"],
+)
+def test_what_cannot_work_is_refused(site: Site, flags: list[str], told: str) -> None:
+    outcome = site.run(f"refused-{flags[0][2:]}", [*LENGTH, *flags])
+    assert outcome.code != 0
+    assert told in outcome.text
+    assert not outcome.audit
+
+
+def test_flags_are_in_the_help(site: Site) -> None:
+    outcome = site.run("help", ["--help"])
+    assert outcome.code == 0
+    for flag in ("--es, --no-es", "--es-keep-ratio", "--es-scoring-micro-batch-size", "--es-audit FILE"):
+        assert flag in outcome.text

@@ -1,0 +1,167 @@
+"""Runs of an unmodified Megatron-LM checkout on this machine's CPU, with data made on the spot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCORES = ["--es-pruning-ratio", "0.25", "--es-keep-ratio", "0.25", "--es-mask-lag", "2"]
+"""ESWP with b = 4 of B = 16; epochs of 161 and 90 rows are pruned several times in 70 iterations."""
+
+MODEL = shlex.split("""
+    --distributed-backend gloo --use-cpu-initialization --transformer-impl local --tokenizer-type NullTokenizer
+    --vocab-size 127 --no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion
+    --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --num-workers 0 --num-layers 4
+    --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2
+    --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 4 --log-interval 1
+    --eval-interval 1000 --eval-iters 1 --attention-dropout 0 --hidden-dropout 0 --split 90,5,5
+    --ckpt-format torch_dist
+""")
+
+UNTOUCHED = '''
+"""Starts the script on the CPU as `python script` would on a GPU; of es_megatron only the CPU layer is imported."""
+import atexit, os, sys
+from es_megatron.frameworks import megatron_lm_cpu
+
+if __name__ == "__main__":
+    megatron_lm_cpu.install()
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, os.environ.get("SCRIPT_FOLDER") or os.path.dirname(sys.argv[0]))
+    megatron_lm_cpu.keep_pipeline_outputs()
+    ours = lambda: sorted(name for name in sys.modules if "es_megatron" in name)
+    atexit.register(lambda: print("es_megatron modules:", *ours()))
+    exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), globals())
+'''
+
+SUFFIX = """#!/bin/sh
+# The one on PATH may be another Python's, and the Makefile of Megatron-LM names its library after it.
+exec python3 -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    code: int
+    text: str
+    audit: list[dict[str, Any]]
+
+    def values(self, name: str) -> dict[int, str]:
+        """What Megatron's log line says under a name, as text, by iteration."""
+        pattern = re.compile(rf"\] iteration +(\d+)/.*\| {re.escape(name)}: +([^|]*?) +\|")
+        return {int(found[1]): found[2] for line in self.text.splitlines() if (found := pattern.search(line))}
+
+    def chosen(self) -> dict[int, list[int]]:
+        """Chosen ids by iteration."""
+        return {line["iteration"]: line["chosen"] for line in self.audit}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A folder for runs of one checkout."""
+
+    root: Path
+    checkout: Path
+
+    @staticmethod
+    def make(root: Path, checkout: Path) -> Site:
+        """Write data and launcher."""
+        write_component(root / "books", 110, seed=1)
+        write_component(root / "code", 60, seed=2)
+        (root / "untouched.py").write_text(UNTOUCHED)
+        (root / "bin").mkdir()
+        (root / "bin" / "python3-config").write_text(SUFFIX)
+        (root / "bin" / "python3-config").chmod(0o755)
+        return Site(root, checkout)
+
+    @property
+    def script(self) -> str:
+        """The script of the checkout."""
+        return str(self.checkout / "pretrain_gpt.py")
+
+    def run(
+        self, name: str, flags: Sequence[str], *, ranks: int = 1, patched: bool = True, script: str | None = None
+    ) -> Outcome:
+        """Start the script under torchrun and wait for its end.
+
+        Args:
+            name: of the log and audit files; a second run of a name goes on in the same audit file.
+            flags: beside those of the model and the data.
+            ranks: processes.
+            patched: whether the runner starts it, or a launcher that knows nothing of Evolved Sampling.
+            script: another one than the checkout's.
+        """
+        audit = self.root / f"{name}.audit.jsonl"
+        data = ["--data-path", "0.6", str(self.root / "books"), "0.4", str(self.root / "code")]
+        data += ["--data-cache-path", str(self.root / "cache")]
+        start = ["-m", "es_megatron.run"] if patched else [str(self.root / "untouched.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [*start, script or self.script, *MODEL, *data, *flags]
+        if any(flag.startswith("--es") for flag in flags):
+            command += ["--es-audit", str(audit)]
+        done = subprocess.run(
+            command,
+            check=False,
+            cwd=self.root,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=540,
+        )
+        text = done.stdout.decode(errors="replace")
+        (self.root / f"{name}.log").write_text(text)
+        lines = audit.read_text().splitlines() if audit.exists() else []
+        return Outcome(done.returncode, text, [json.loads(line) for line in lines])
+
+    def environment(self) -> dict[str, str]:
+        """One thread a rank; this Python and our python3-config first."""
+        folders = [str(self.root / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "PATH": os.pathsep.join(folders),
+            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+            "SCRIPT_FOLDER": str(self.checkout),
+        }
+
+
+def write_component(prefix: Path, documents: int, seed: int) -> None:
+    """Write documents of counting numbers with more or less noise, so that some are learnt sooner than others."""
+    rng = np.random.default_rng(seed)
+    made: list[np.ndarray] = []
+    for _ in range(documents):
+        length, stride = int(rng.integers(20, 90)), int(rng.integers(1, 9))
+        tokens = np.arange(length) * stride % 120 + 1
+        noisy = rng.random(length) < 0.6 * rng.random()
+        tokens[noisy] = rng.integers(1, 121, int(noisy.sum()))
+        made.append(np.append(tokens, 125).astype(np.uint16))
+    lengths = np.asarray([len(document) for document in made], np.int32)
+    starts = 2 * (np.cumsum(lengths, dtype=np.int64) - lengths)
+    prefix.with_suffix(".bin").write_bytes(b"".join(document.tobytes() for document in made))
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(made), len(made) + 1)
+    bounds = np.arange(len(made) + 1, dtype=np.int64)
+    prefix.with_suffix(".idx").write_bytes(head + lengths.tobytes() + starts.tobytes() + bounds.tobytes())
+
+
+def digest_tensors(folder: Path) -> str:
+    """Checksum of every tensor file of a distributed checkpoint."""
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.distcp"))
+    assert files, f"no tensor files in {folder}"
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
