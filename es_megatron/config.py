@@ -88,6 +88,17 @@ class EvolvedSamplingConfig:
     seed: int = 1234
     """Seed of data order, pruning and selection, in [0, 2^63)."""
 
+    initial_scores: str | None = None
+    """Folder of scores to begin with, of another run's checkpoint or made by `es-megatron scores import`; components are
+    matched by name and fingerprint. Components whose samples nearly all have a score are pruned from epoch 0 on."""
+
+    score_folder: str | None = None
+    """Folder in which each rank maps its scores from an unnamed file (5 bytes a sample); None: in memory."""
+
+    mask_folder: str | None = None
+    """Node-local folder, such as `/dev/shm`, in which the ranks of a node share kept masks (1.15 bits a sample); None:
+    each rank holds its own."""
+
     def __post_init__(self) -> None:
         """Check every field and their combinations."""
         require_choice("arm", self.arm, Arm)

@@ -379,7 +379,7 @@ class EvolvedSampling:
             chosen_loss=float(chosen[np.isfinite(chosen)].mean(dtype=np.float64))
             if np.isfinite(chosen).any()
             else float("nan"),
-            bad=int(np.count_nonzero(~finite)) if scored else 0,
+            bad=int(np.count_nonzero(~np.isfinite(loss if scored else chosen))) if self.config.scores else 0,
             seconds=dict(self._seconds),
         )
 

@@ -14,7 +14,6 @@ from typing import Any
 from es_megatron.errors import ConfigError, EsError
 from es_megatron.tools.patching import patch_and_report
 
-UPSTREAM = "megatron-lm"
 USAGE = "usage: python -m es_megatron.run SCRIPT.py [FLAGS OF THE SCRIPT] [--es ...]"
 
 
@@ -27,14 +26,26 @@ def prepare(script: Path) -> None:
     """
     if not script.is_file():
         raise ConfigError(f"`{script}` must be a script, but there is no such file. {USAGE}")
-    sys.path.insert(0, str(script.resolve().parent))
+    folder = script.resolve().parent
+    sys.path.insert(0, str(folder))
+    upstream = "megatron-deepspeed" if (folder / "megatron" / "training.py").is_file() else "megatron-lm"
+    if prepare_cpu(upstream) and os.environ.get("RANK", "0") == "0":
+        print("es_megatron: no CUDA here; on the CPU, which is for trying things out only", flush=True)
+    patch_and_report(upstream)
+
+
+def prepare_cpu(upstream: str) -> bool:
+    """Put the CPU layer of an upstream in place; does nothing, and returns False, where there is CUDA."""
+    if upstream == "megatron-deepspeed":
+        from es_megatron.frameworks import megatron_deepspeed_cpu
+
+        return megatron_deepspeed_cpu.install()
     from es_megatron.frameworks import megatron_lm_cpu
 
-    if megatron_lm_cpu.install():
-        if os.environ.get("RANK", "0") == "0":
-            print("es_megatron: no CUDA here; on the CPU, which is for trying things out only", flush=True)
-        megatron_lm_cpu.keep_pipeline_outputs()
-    patch_and_report(UPSTREAM)
+    if not megatron_lm_cpu.install():
+        return False
+    megatron_lm_cpu.keep_pipeline_outputs()
+    return True
 
 
 def main() -> None:

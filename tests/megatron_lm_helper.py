@@ -22,11 +22,11 @@ SCORES = ["--es-pruning-ratio", "0.25", "--es-keep-ratio", "0.25", "--es-mask-la
 
 MODEL = shlex.split("""
     --distributed-backend gloo --use-cpu-initialization --transformer-impl local --tokenizer-type NullTokenizer
-    --vocab-size 127 --no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion
-    --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --num-workers 0 --num-layers 4
-    --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2
-    --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 4 --log-interval 1
-    --eval-interval 1000 --eval-iters 1 --attention-dropout 0 --hidden-dropout 0 --split 90,5,5
+    --vocab-size 127 --make-vocab-size-divisible-by 64 --no-gradient-accumulation-fusion --no-persist-layer-norm
+    --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --num-workers 0
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+    --micro-batch-size 2 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 4
+    --log-interval 1 --eval-interval 1000 --eval-iters 1 --attention-dropout 0 --hidden-dropout 0 --split 90,5,5
     --ckpt-format torch_dist
 """)
 
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path.insert(0, os.environ.get("SCRIPT_FOLDER") or os.path.dirname(sys.argv[0]))
     megatron_lm_cpu.keep_pipeline_outputs()
-    ours = lambda: sorted(name for name in sys.modules if "es_megatron" in name)
+    ours = lambda: sorted(name for name in sys.modules if name.split(".")[0] == "es_megatron")
     atexit.register(lambda: print("es_megatron modules:", *ours()))
     exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), globals())
 '''

@@ -1,6 +1,6 @@
 """A training loop of a user's own, a few lines around Megatron-Core, with or without Evolved Sampling attached.
 
-It notes every micro-batch that gets a backward pass, so that a second loop can train on exactly those without the package.
+It notes every micro-batch that gets a backward pass, so that a second loop can train on exactly those, plainly.
 """
 
 from __future__ import annotations

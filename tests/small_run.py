@@ -20,13 +20,13 @@ from es_megatron.frameworks import cpu
 
 cpu.install()
 
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
-import es_megatron.trainer.megatron_backend  # noqa: F401 - the trainer imports it late; forks shall share it
-from es_megatron.config import build
-from es_megatron.trainer.loop import Trainer
-from es_megatron.trainer.model import unwrap
-from es_megatron.trainer.settings import PretrainSettings, apply_override
+import es_megatron.trainer.megatron_backend  # noqa: E402, F401 - the trainer imports it late; forks shall share it
+from es_megatron.config import build  # noqa: E402
+from es_megatron.trainer.loop import Trainer  # noqa: E402
+from es_megatron.trainer.model import unwrap  # noqa: E402
+from es_megatron.trainer.settings import PretrainSettings, apply_override  # noqa: E402
 
 VOCABULARY = 96
 T = 16
@@ -35,7 +35,9 @@ SIZES = {"a": 70, "b": 30, "c": 5}
 """Samples by component; the last is smaller than a meta-batch."""
 
 
-def write_blend(folder: Path, sizes: Mapping[str, int] = SIZES, seed: int = 0, weights: Mapping[str, float] = {}) -> Path:
+def write_blend(
+    folder: Path, sizes: Mapping[str, int] = SIZES, seed: int = 0, weights: Mapping[str, float] = {}
+) -> Path:
     """Write components of random tokens, every one with its own share of the vocabulary, and their blend file."""
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
@@ -58,7 +60,7 @@ def write_component(prefix: Path, samples: int, seed: int) -> None:
 
 
 def settings_of(blend: Path, directory: Path, *overrides: str) -> PretrainSettings:
-    """Settings of a small run: 4 layers, B = 16, b = 4, three components, r = 0.3; change some with `section.key=value`."""
+    """Settings of a small run: 4 layers, B = 16, b = 4, r = 0.3; change some with `section.key=value`."""
     mapping: dict[str, Any] = {
         "model": {
             "num_layers": 4,

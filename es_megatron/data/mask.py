@@ -194,14 +194,14 @@ def select_of_many(masks: Sequence[KeptMask | None], lengths: Int64, ranks: Int6
     steps = (before[:, 1:] <= rank[:, None]).sum(axis=1)
     block += steps
     rank -= before.reshape(-1).take(np.arange(len(rank)) * len(AHEAD) + steps)
-    far = steps == len(AHEAD) - 1  # a stretch with hardly any kept rows: perhaps further on
+    far = np.flatnonzero(steps == len(AHEAD) - 1)  # a stretch with hardly any kept rows: perhaps further on
+    for mask, part in parts if len(far) else []:
+        where = far[slice(*np.searchsorted(far, (part.start, part.stop)))]
+        asked = ranks[at][where]
+        block[where] = mask.find_blocks(asked)
+        rank[where] = asked - mask.arrays.before.take(block[where])
     words = np.empty((len(rank), BLOCK_WORDS), np.uint64)
     for mask, part in parts:
-        if far[part].any():
-            where = np.flatnonzero(far[part]) + part.start
-            asked = ranks[at][where]
-            block[where] = mask.find_blocks(asked)
-            rank[where] = asked - mask.arrays.before.take(block[where])
         mask.arrays.words.take(block[part], axis=0, out=words[part], mode="clip")
     ranks[at] = block * BLOCK_BITS + select_in_blocks(words, rank)
 

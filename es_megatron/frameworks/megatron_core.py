@@ -198,9 +198,9 @@ class ScheduleCall:
 def parameters_gathered(chunks: list[torch.nn.Module], gathered: bool) -> Generator[None]:
     """Keep an interleaved schedule from gathering parameters again after the scoring pass has done so."""
     configs = [config for chunk in chunks if (config := getattr(chunk, "config", None)) is not None]
-    before = [(config, getattr(config, "param_sync_func", None)) for config in configs]
+    before = [(config, config.param_sync_func) for config in configs if hasattr(config, "param_sync_func")]
     if gathered:
-        for config in configs:
+        for config, _ in before:
             config.param_sync_func = None
     try:
         yield

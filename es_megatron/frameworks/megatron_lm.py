@@ -7,6 +7,7 @@ plain checkpoint.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from argparse import Namespace
@@ -25,7 +26,15 @@ from es_megatron.errors import CheckpointError
 from es_megatron.frameworks.arguments import Switches, read_switches
 from es_megatron.frameworks.feed import MetaBatchFeed
 from es_megatron.frameworks.megatron_core import MegatronCoreSampling, attach
-from es_megatron.frameworks.megatron_lm_data import SplitRows, UnreadLoader, UpstreamRows, open_rows, read_manifest
+from es_megatron.frameworks.megatron_lm_data import (
+    ComponentRows,
+    Sources,
+    SplitRows,
+    UnreadLoader,
+    make_samples,
+    open_rows,
+    read_sources,
+)
 from es_megatron.frameworks.megatron_lm_settings import Length, StartingPoint, check_settings, find_start, plan_length
 from es_megatron.metrics import RunTotals, saved_share
 from es_megatron.plan import Layout, describe
@@ -34,12 +43,31 @@ LOGGER = logging.getLogger(__name__)
 OVERWRITING_LOGGER = "megatron.core.dist_checkpointing.serialization"
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """Where the descendants of Megatron-LM differ."""
+
+    home: str
+    """Module that has `get_args` and `get_tensorboard_writer`."""
+    check: Callable[[Namespace], None]
+    """Refuses settings."""
+    read_sources: Callable[[Namespace], Sources]
+    make_samples: Callable[[Manifest, list[SplitRows], Any], ComponentRows]
+    """Makes samples of rows and upstream's training dataset."""
+    find_start: Callable[[Namespace], StartingPoint]
+    model_config: Callable[[Namespace], Any]
+    """Settings of the model, to be refused where scoring would be wrong."""
+    state_folder: Callable[[Namespace, int], Path]
+    """Where `es_state` of an iteration is saved."""
+
+
 @dataclass
 class Run:
     """Evolved Sampling in this process."""
 
     args: Namespace
     """Megatron's."""
+    dialect: Dialect
     sampling: MegatronCoreSampling
     totals: RunTotals
     length: Length
@@ -71,24 +99,30 @@ def stop() -> None:
     _run = None
 
 
-def start() -> None:
+def start(dialect: Dialect) -> None:
     """Plan the run, or restore it, once Megatron's process groups stand; collective.
 
     Raises:
         EsError: on every rank, what cannot work.
     """
-    from megatron.training.global_vars import get_args  # pyright: ignore[reportMissingImports]
-
-    args: Namespace = get_args()
+    args: Namespace = importlib.import_module(dialect.home).get_args()
     switches = read_switches(args)
-    if switches.config is None or args.skip_train or _run is not None:
+    if switches.config is None or getattr(args, "skip_train", False) or _run is not None:
         return
-    check_settings(args)
-    manifest = Manifest.from_json(_from_first_rank(lambda: read_manifest(args).to_json()))
-    _begin(args, switches, manifest, _from_first_rank(lambda: find_start(args)))
+    dialect.check(args)
+    manifest = Manifest.from_json(_from_first_rank(lambda: _describe(dialect, args)))
+    _begin(args, dialect, switches, manifest, _from_first_rank(lambda: dialect.find_start(args)))
 
 
-def _begin(args: Namespace, switches: Switches, manifest: Manifest, at: StartingPoint) -> None:
+def _open(dialect: Dialect, args: Namespace) -> tuple[Manifest, list[SplitRows]]:
+    return open_rows(dialect.read_sources(args), args.seq_length)
+
+
+def _describe(dialect: Dialect, args: Namespace) -> dict[str, Any]:
+    return _open(dialect, args)[0].to_json()
+
+
+def _begin(args: Namespace, dialect: Dialect, switches: Switches, manifest: Manifest, at: StartingPoint) -> None:
     global _run  # noqa: PLW0603
     config = switches.config
     assert config is not None
@@ -97,14 +131,14 @@ def _begin(args: Namespace, switches: Switches, manifest: Manifest, at: Starting
         config,
         manifest,
         None,
-        model_config=args,
+        model_config=dialect.model_config(args),
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
         train_samples=length.samples,
     )
     engine = sampling.engine
     totals = RunTotals(len(manifest.components), engine.meta_batch)
-    run = Run(args, sampling, totals, length, at.started_at, at.iteration)
+    run = Run(args, dialect, sampling, totals, length, at.started_at, at.iteration)
     if at.folder is not None:
         _restore(run, Path(at.folder))
     changes = length.shorten(args, at.started_at + engine.plan.schedule.iterations)
@@ -159,9 +193,9 @@ def take_training_data(dataset: Any) -> Any:
         return dataset
     run, engine = _run, _run.sampling.engine
     if run.sampling.feed is None:
-        rows: list[SplitRows] = open_rows(run.args)[1]
+        rows = _open(run.dialect, run.args)[1]
         run.sampling.feed = MetaBatchFeed(
-            UpstreamRows(engine.manifest, rows, dataset),
+            run.dialect.make_samples(engine.manifest, rows, dataset),
             engine.sampler,
             engine.own,
             workers=run.args.num_workers,
@@ -220,8 +254,6 @@ def state_saved(iteration: int, non_persistent: bool) -> AbstractContextManager[
     """
     if _run is None or non_persistent:
         return nullcontext()
-    from megatron.training.checkpointing import get_checkpoint_name  # pyright: ignore[reportMissingImports]
-
     engine = _run.sampling.engine
     if iteration != _run.iteration:
         raise CheckpointError(
@@ -230,7 +262,7 @@ def state_saved(iteration: int, non_persistent: bool) -> AbstractContextManager[
         )
     store = engine.store
     report = save_es_state(
-        Path(get_checkpoint_name(_run.args.save, iteration, return_base_dir=True)) / "es_state",
+        _run.dialect.state_folder(_run.args, iteration),
         ScoreRange(engine.manifest.total, store.low, store.score, store.visits),
         {key: mask.packed for key, mask in engine.sampler.masks.items()},
         {"engine": engine.state_dict(), "totals": _run.totals.state_dict(), "started_at": _run.started_at},
@@ -298,9 +330,8 @@ def log(iteration: int) -> None:
 
 def _to_board(iteration: int, scalars: dict[str, float]) -> None:
     """Write scalars with Megatron's TensorBoard writer, where it has one; not-a-number is left out."""
-    from megatron.training.global_vars import get_tensorboard_writer  # pyright: ignore[reportMissingImports]
-
-    writer = get_tensorboard_writer()
+    assert _run is not None
+    writer = importlib.import_module(_run.dialect.home).get_tensorboard_writer()
     if writer is None:
         return
     for name, value in scalars.items():
@@ -330,6 +361,23 @@ def _print_plan(run: Run, changes: list[str]) -> None:
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _checkpoint_folder(args: Namespace, iteration: int) -> Path:
+    from megatron.training.checkpointing import get_checkpoint_name  # pyright: ignore[reportMissingImports]
+
+    return Path(get_checkpoint_name(args.save, iteration, return_base_dir=True)) / "es_state"
+
+
+MEGATRON_LM = Dialect(
+    home="megatron.training.global_vars",
+    check=check_settings,
+    read_sources=read_sources,
+    make_samples=make_samples,
+    find_start=find_start,
+    model_config=lambda args: args,
+    state_folder=_checkpoint_folder,
+)
 
 
 def _from_first_rank(compute: Callable[[], Any]) -> Any:

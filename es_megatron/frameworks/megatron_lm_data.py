@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,14 +37,14 @@ class Source(NamedTuple):
 class SplitRows(OneEpochDataset):
     """One epoch of the training split of a component: windows of T + 1 tokens over its first documents."""
 
-    def __init__(self, name: str, file: TokenFile, seq_length: int, share: float) -> None:
-        """Take an opened file and the share of its sequences (documents) that the training split has, in (0, 1].
+    def __init__(self, name: str, file: TokenFile, seq_length: int, sequences: int) -> None:
+        """Take an opened file and how many of its sequences (documents) the training split has.
 
         Raises:
             DataError: the split has fewer than T + 1 tokens.
         """
         super().__init__(name, file, seq_length)
-        self.sequences = round(share * file.sequences)
+        self.sequences = sequences
         """Sequences of the split, which are the first of the file."""
         ends = (
             *file.sequence_starts()[self.sequences : self.sequences + 1].tolist(),
@@ -70,8 +70,16 @@ class SplitRows(OneEpochDataset):
         return Component(self.name, self.file.prefix, len(self), drawn, mark)
 
 
-def read_sources(args: Namespace) -> tuple[list[Source], float]:
-    """Find the training files, their weights, and the share of each that is for training.
+class Sources(NamedTuple):
+    """The training data on a command line."""
+
+    files: list[Source]
+    training_part: Callable[[int], int]
+    """How many of a file's sequences are for training."""
+
+
+def read_sources(args: Namespace) -> Sources:
+    """Find the training files, their weights, and the part of each that is for training.
 
     Args:
         args: Megatron's.
@@ -85,12 +93,20 @@ def read_sources(args: Namespace) -> tuple[list[Source], float]:
     chosen: Any = blend if blend is not None else (per_split or [None])[0]
     if chosen is None:
         raise ConfigError("`--data-path` or `--train-data-path` must be given with Evolved Sampling, but neither is.")
-    prefixes, weights = chosen
+    share = 1.0 if blend is None else training_share(args.split)
+    return Sources(weigh_sources(*chosen), lambda sequences: round(share * sequences))
+
+
+def weigh_sources(prefixes: Sequence[str], weights: Sequence[float] | None) -> list[Source]:
+    """Pair files with their weights.
+
+    Raises:
+        ConfigError: the same file twice.
+    """
     if len(set(prefixes)) < len(prefixes):
         twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
         raise ConfigError(f"`{twice}` stands more than once in the data paths: add its weights up and give it once.")
-    sources = [Source(str(p), w) for p, w in zip(prefixes, weights or [None] * len(prefixes), strict=True)]
-    return sources, 1.0 if blend is None else training_share(args.split)
+    return [Source(str(p), w) for p, w in zip(prefixes, weights or [None] * len(prefixes), strict=True)]
 
 
 def training_share(split: str) -> float:
@@ -111,58 +127,27 @@ def name_sources(prefixes: Sequence[str]) -> list[str]:
     return [name if short.count(name) == 1 else prefix for name, prefix in zip(short, prefixes, strict=True)]
 
 
-def open_rows(args: Namespace) -> tuple[Manifest, list[SplitRows]]:
+def open_rows(sources: Sources, seq_length: int) -> tuple[Manifest, list[SplitRows]]:
     """Open every training component.
 
     Raises:
-        ConfigError, DataError: see `read_sources`, `open_token_file` and `SplitRows`.
+        DataError: see `open_token_file` and `SplitRows`.
     """
-    sources, share = read_sources(args)
-    names = name_sources([source.prefix for source in sources])
+    files = [open_token_file(source.prefix) for source in sources.files]
     rows = [
-        SplitRows(name, open_token_file(source.prefix), args.seq_length, share)
-        for name, source in zip(names, sources, strict=True)
+        SplitRows(name, file, seq_length, sources.training_part(file.sequences))
+        for name, file in zip(name_sources([source.prefix for source in sources.files]), files, strict=True)
     ]
-    components = [each.component(source.weight) for each, source in zip(rows, sources, strict=True)]
-    return Manifest(tuple(components), args.seq_length), rows
+    components = [each.component(source.weight) for each, source in zip(rows, sources.files, strict=True)]
+    return Manifest(tuple(components), seq_length), rows
 
 
-def read_manifest(args: Namespace) -> Manifest:
-    """The training components alone; see `open_rows`."""
-    return open_rows(args)[0]
+class ComponentRows:
+    """Training samples by id, from the rows of each component."""
 
-
-class UpstreamRows:
-    """Training samples by id, each made by upstream's dataset from the tokens of a one-epoch row."""
-
-    def __init__(self, manifest: Manifest, rows: Sequence[SplitRows], dataset: Any) -> None:
-        """Check upstream's datasets against ours, and tell copies of them which tokens to take.
-
-        Args:
-            manifest: the components.
-            rows: of each component.
-            dataset: upstream's training dataset, `GPTDataset` or a `BlendedDataset` of those.
-
-        Raises:
-            ConfigError: another kind of dataset.
-            DataError: upstream takes other files or documents than we do.
-        """
-        parts: list[Any] = list(getattr(dataset, "datasets", [dataset]))
-        for part in parts:
-            if type(part).__name__ != "GPTDataset":
-                raise ConfigError(
-                    f"Training data must be of upstream's `GPTDataset` with Evolved Sampling, but is of "
-                    f"`{type(part).__name__}` instead. Leave out the flag that chooses it, or run with --no-es."
-                )
-        ours = [(each.file.prefix, 0, each.sequences) for each in rows]
-        theirs = [(str(part.dataset_path), int(part.indices[0]), int(part.indices[-1]) + 1) for part in parts]
-        if ours != theirs:
-            raise DataError(
-                f"Upstream's training split (file, first and last document) is {theirs}, but {ours} was expected. Give "
-                "the files by `--data-path` with `--split`, or by `--train-data-path`."
-            )
-        self._manifest = manifest
-        self._parts = [take_rows(part, each) for part, each in zip(parts, rows, strict=True)]
+    def __init__(self, manifest: Manifest, parts: Sequence[Any]) -> None:
+        """Take what gives the samples of each component by row."""
+        self._manifest, self._parts = manifest, tuple(parts)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -172,6 +157,53 @@ class UpstreamRows:
         """Read one sample."""
         components, rows = self._manifest.locate(np.asarray([sample_id], np.int64))
         return self._parts[int(components[0])][int(rows[0])]
+
+
+def upstream_parts(dataset: Any) -> list[Any]:
+    """The datasets of the components: of a blended dataset, or the only one.
+
+    Raises:
+        ConfigError: another kind of dataset.
+    """
+    parts: list[Any] = list(getattr(dataset, "datasets", [dataset]))
+    for part in parts:
+        if type(part).__name__ != "GPTDataset":
+            raise ConfigError(
+                f"Training data must be of upstream's `GPTDataset` with Evolved Sampling, but is of "
+                f"`{type(part).__name__}` instead. Leave out the flag that chooses it, or run with --no-es."
+            )
+    return parts
+
+
+def check_parts(ours: Sequence[tuple[Any, ...]], theirs: Sequence[tuple[Any, ...]]) -> None:
+    """Compare the documents that we train on with upstream's.
+
+    Raises:
+        DataError: they differ.
+    """
+    if list(ours) != list(theirs):
+        raise DataError(
+            f"Upstream's training split (documents of each file) is {list(theirs)}, but {list(ours)} was expected. "
+            "Give the files by `--data-path` with `--split`, or by `--train-data-path`."
+        )
+
+
+def make_samples(manifest: Manifest, rows: Sequence[SplitRows], dataset: Any) -> ComponentRows:
+    """Check upstream's datasets against ours, and tell copies of them which tokens to take.
+
+    Args:
+        manifest: the components.
+        rows: of each component.
+        dataset: upstream's training dataset, `GPTDataset` or a `BlendedDataset` of those.
+
+    Raises:
+        ConfigError: another kind of dataset.
+        DataError: upstream takes other files or documents than we do.
+    """
+    parts = upstream_parts(dataset)
+    theirs = [(str(part.dataset_path), int(part.indices[0]), int(part.indices[-1]) + 1) for part in parts]
+    check_parts([(each.file.prefix, 0, each.sequences) for each in rows], theirs)
+    return ComponentRows(manifest, [take_rows(part, each) for part, each in zip(parts, rows, strict=True)])
 
 
 class Window:

@@ -24,7 +24,7 @@ def start(original: Function) -> Function:
     """The run is planned, or restored, before model, optimizer and learning-rate schedule are made."""
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        megatron_lm.start()
+        megatron_lm.start(megatron_lm.MEGATRON_LM)
         return original(*args, **kwargs)
 
     return replacement

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,14 +58,7 @@ def check_settings(args: Namespace) -> None:
     Raises:
         ConfigError: names the flag, why, and the cure.
     """
-    for name, reason in REFUSED.items():
-        value = getattr(args, name, None)
-        if value not in OFF:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(
-                f"`{flag}` must be off with Evolved Sampling, but is {value!r} instead: {reason}. Leave it out, or run "
-                "with --no-es."
-            )
+    refuse(args, REFUSED)
     if args.dataloader_type not in ("single", "cyclic"):
         raise ConfigError(
             f"`--dataloader-type` must be single or cyclic with Evolved Sampling, but is "
@@ -95,6 +88,21 @@ def find_start(args: Namespace) -> StartingPoint:
         return StartingPoint(iteration, None, iteration)
     state = parse_json((folder / "state.json").read_bytes(), folder / "state.json")
     return StartingPoint(iteration, str(folder), int(state["started_at"]))
+
+
+def refuse(args: Namespace, refused: Mapping[str, str]) -> None:
+    """Refuse arguments that are not off.
+
+    Raises:
+        ConfigError: names the flag, why, and the cure.
+    """
+    for name, reason in refused.items():
+        value = getattr(args, name, None)
+        if value not in OFF:
+            raise ConfigError(
+                f"`--{name.replace('_', '-')}` must be off with Evolved Sampling, but is {value!r} instead: {reason}. "
+                "Leave it out, or run with --no-es."
+            )
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ trace.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +25,21 @@ from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.permutation import permutation
-from es_megatron.errors import CheckpointError
+from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.parallel import Replica
-from es_megatron.scores.threshold import SAMPLES_PER_RANK, mark_kept
+from es_megatron.scores.mask_memory import MaskMemory
+from es_megatron.scores.threshold import mark_kept, sample_count
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
 
+T = TypeVar("T", np.float32, np.uint8)
+
 BLOCK = 1 << 16
+GATHERED_BYTES = 1 << 24
+"""Bytes of a mask that the ranks join at a time."""
 SUM_UNIT = 1 << 20
 """Scores are summed as integers of this many parts of a nat, so that the order of ranks cannot matter."""
 
@@ -65,8 +72,9 @@ class ScoreStore:
         """
         self.manifest, self.config, self.replica = manifest, config, replica
         self.low, self.high = owned_range(manifest.total, replica.dp_rank, replica.dp_size)
-        self.score: Float32 = np.zeros(self.high - self.low, dtype=np.float32)
-        self.visits: UInt8 = np.zeros(self.high - self.low, dtype=np.uint8)
+        self.score: Float32 = allocate(self.high - self.low, np.float32, config.score_folder)
+        self.visits: UInt8 = allocate(self.high - self.low, np.uint8, config.score_folder)
+        self.masks = MaskMemory(config.mask_folder, replica)
         self.start = 1.0 / manifest.total
         self._sums: Int64 = np.zeros((len(manifest.components), 2), dtype=np.int64)
         self._staged: Staged | None = None
@@ -161,16 +169,19 @@ class ScoreStore:
             count,
             self._sample_keys(component, epoch, unseen, mean),
             self.replica,
+            low % 8,
         )
-        mask = self._gather(kept, low, samples)
-        return self._shuffled(mask, component, epoch) if self.config.arm == "shuffled" else mask
+        pieces = self._gather(kept, low // 8, samples)
+        if self.config.arm == "shuffled":
+            pieces = self._shuffled(MaskMemory(None, self.replica).build(pieces, samples), component, epoch)
+        return self.masks.build(pieces, samples)
 
     def checksum(self) -> int:
         """CRC-32 of this rank's scores and visits; copies across tensor and pipeline ranks agree."""
         return zlib.crc32(self.visits.data, zlib.crc32(self.score.data))
 
     def load(self, score: Float32, visits: UInt8) -> None:
-        """Take over this rank's range from a checkpoint.
+        """Take over this rank's range from a checkpoint: the arrays become the store's own, without a copy.
 
         Raises:
             CheckpointError: the arrays are not of this rank's range.
@@ -180,7 +191,10 @@ class ScoreStore:
                 f"The scores must cover {len(self.score)} samples of rank {self.replica.dp_rank}, but cover "
                 f"{len(score)} instead. Load them for this run's data and data-parallel size."
             )
-        self.score, self.visits = np.array(score, dtype=np.float32), np.array(visits, dtype=np.uint8)
+        if self.config.score_folder is None:
+            self.score, self.visits = np.require(score, np.float32, "CW"), np.require(visits, np.uint8, "CW")
+        else:
+            self.score[:], self.visits[:] = score, visits
         self._staged = None
         self._sums[:] = 0
         for component in range(len(self._sums)):
@@ -190,14 +204,18 @@ class ScoreStore:
     def _sum(self, score: Float32, visits: UInt8) -> Int64:
         """Used scores of the seen samples in integer units, and how many they are: int64[2]."""
         seen = visits > 0
-        units = np.rint(self._usable(score[seen], visits[seen], 0.0).astype(np.float64) * SUM_UNIT)
-        return np.asarray([units.sum(), np.count_nonzero(seen)], dtype=np.int64)
+        return np.asarray([self._units(score[seen], visits[seen]).sum(), np.count_nonzero(seen)], dtype=np.int64)
+
+    def _units(self, score: Float32, visits: UInt8) -> Int64:
+        """Used scores of seen samples in integer units."""
+        return np.rint(self._usable(score, visits, 0.0).astype(np.float64) * SUM_UNIT).astype(np.int64)
 
     def _count(self, component: Int64, slot: Int64, sign: int) -> None:
         """Take samples into the sums of their components (+1), or out of them (-1)."""
-        for each in np.unique(component):
-            at = slot[component == each]
-            self._sums[each] += sign * self._sum(self.score[at], self.visits[at])
+        seen = self.visits[slot] > 0
+        slot, component = slot[seen], component[seen]
+        np.add.at(self._sums[:, 0], component, sign * self._units(self.score[slot], self.visits[slot]))
+        np.add.at(self._sums[:, 1], component, sign)
 
     def _usable(self, score: Float32, visits: UInt8, unseen: float | Float32) -> Float32:
         return usable_scores(score, visits, self.config.decay, self.start, self.config.correction, unseen)
@@ -238,27 +256,51 @@ class ScoreStore:
     def _sample_keys(self, component: int, epoch: int, unseen: float, mean: float) -> Float64:
         """Keys of the same evenly spread rows on every rank; they only narrow the search."""
         samples = int(self.manifest.sizes[component])
-        rows = np.unique(np.linspace(0, samples - 1, min(samples, SAMPLES_PER_RANK)).astype(np.int64))
+        rows = np.unique(np.linspace(0, samples - 1, sample_count(samples)).astype(np.int64))
         found = self.lookup_local(self.manifest.sample_ids(component, rows))
         packed = self.replica.sum_over_dp(np.stack([found.score, found.visits.astype(np.float32)]))
         uniform = uniforms(self.config.seed, Purpose.PRUNE, component + 1, epoch, samples, len(rows))
         return self._key(packed[0], packed[1].astype(np.uint8), uniform, unseen, mean)
 
-    def _gather(self, kept: npt.NDArray[np.bool_], low: int, samples: int) -> KeptMask:
-        """Join the parts of all data-parallel ranks; model-parallel rank 0's word counts."""
-        packed = np.zeros(-(-samples // 8), dtype=np.uint8)
-        lead = low % 8
-        bits = np.packbits(np.concatenate([np.zeros(lead, np.bool_), kept]), bitorder="little")
-        packed[low // 8 : low // 8 + len(bits)] = bits
-        packed = self.replica.sum_over_dp(packed)
-        return KeptMask(self.replica.broadcast_over_mp(packed, 0), samples)
+    def _gather(self, kept: UInt8, first: int, samples: int) -> Iterator[UInt8]:
+        """Join the parts of all data-parallel ranks, piece by piece; model-parallel rank 0's word counts.
 
-    def _shuffled(self, mask: KeptMask, component: int, epoch: int) -> KeptMask:
+        Args:
+            kept: this rank's packed bits.
+            first: byte of the component's mask that they begin in; neighbours may share it.
+            samples: rows of the component.
+        """
+        size = -(-samples // 8)
+        for start in range(0, size, GATHERED_BYTES):
+            piece = np.zeros(min(GATHERED_BYTES, size - start), dtype=np.uint8)
+            low, high = max(start, first), min(start + len(piece), first + len(kept))
+            if low < high:
+                piece[low - start : high - start] = kept[low - first : high - first]
+            yield self.replica.broadcast_over_mp(self.replica.sum_over_dp(piece), 0)
+
+    def _shuffled(self, mask: KeptMask, component: int, epoch: int) -> Iterator[UInt8]:
         """The placebo: the same mask for other rows, as if scores had been permuted within the component."""
         name = component_key(self.manifest.components[component].name)
         order = permutation(mask.samples, self.config.seed, name, epoch, Purpose.SHUFFLE_MASK)
-        kept = np.empty(mask.samples, dtype=np.bool_)
         for row in range(0, mask.samples, BLOCK):
             rows = np.arange(row, min(row + BLOCK, mask.samples), dtype=np.int64)
-            kept[rows] = mask.contains(order(rows))
-        return KeptMask.from_bool(kept)
+            yield np.packbits(mask.contains(order(rows)), bitorder="little")
+
+
+def allocate(count: int, dtype: type[T], folder: str | None) -> npt.NDArray[T]:
+    """Zeros whose untouched pages cost nothing, in memory or in an unnamed file of a folder.
+
+    Raises:
+        ConfigError: the folder cannot hold them.
+    """
+    if folder is None or count == 0:
+        return np.zeros(count, dtype=dtype)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, count * np.dtype(dtype).itemsize)
+            return np.memmap(file, dtype, "r+", shape=(count,))
+    except OSError as error:
+        raise ConfigError(
+            f"`score_folder` must be a folder with room for {count * np.dtype(dtype).itemsize} bytes of each rank, but "
+            f"`{folder}` is not: {error.strerror}. Choose another one, or leave it out to keep scores in memory."
+        ) from error

@@ -15,18 +15,24 @@ import numpy.typing as npt
 
 from es_megatron.parallel import Replica
 
-Bool = npt.NDArray[np.bool_]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
+UInt8 = npt.NDArray[np.uint8]
 UInt64 = npt.NDArray[np.uint64]
+Places = npt.NDArray[np.unsignedinteger]
 
 RADIX_BITS = 16
-SAMPLES_PER_RANK = 1 << 14
+FEWEST_SAMPLES, MOST_SAMPLES = 1 << 14, 1 << 18
 BRACKET_SIGMAS = 6.0
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 Blocks = Callable[[], Iterable[Float64]]
 """Makes the race keys of this rank's samples in order of id, block by block; may be called again."""
+
+
+def sample_count(total: int) -> int:
+    """How many keys to sample of `total`: the bracket then holds 1% of a large component, and costs little memory."""
+    return min(total, max(FEWEST_SAMPLES, min(MOST_SAMPLES, total // 256)))
 
 
 def find_bracket(sample: Float64, share: float) -> tuple[np.uint64, np.uint64]:
@@ -51,31 +57,37 @@ def find_bracket(sample: Float64, share: float) -> tuple[np.uint64, np.uint64]:
 
 
 def split_by_bracket(
-    blocks: Iterable[Float64], low: np.uint64, high: np.uint64, kept: Bool
-) -> tuple[int, Int64, UInt64]:
+    blocks: Iterable[Float64], low: np.uint64, high: np.uint64, kept: UInt8, lead: int
+) -> tuple[int, Places, UInt64]:
     """One pass: mark what is surely kept, put aside what lies in the bracket.
 
     Args:
         blocks: race keys, in order.
         low: lower bound of the bracket, inclusive.
         high: upper bound, inclusive.
-        kept: bool[local], overwritten: true below the bracket.
+        kept: uint8[ceil((lead + local)/8)], overwritten: packed bits, 1 below the bracket.
+        lead: bits before the first key's.
 
     Returns:
-        How many lie below; the places within this rank that lie inside; their keys' bits.
+        How many lie below; the bits of those that lie inside; their keys.
     """
-    start, below = 0, 0
-    places: list[Int64] = [np.zeros(0, np.int64)]
+    at, below = lead, 0
+    kind = np.uint32 if 8 * len(kept) <= 1 << 32 else np.uint64
+    places: list[Places] = [np.zeros(0, kind)]
     inside: list[UInt64] = [np.zeros(0, np.uint64)]
+    kept[:] = 0
     for block in blocks:
         bits = block.view(np.uint64)
         under = bits < low
-        kept[start : start + len(bits)] = under
         below += int(np.count_nonzero(under))
-        at = np.flatnonzero((bits <= high) & ~under)
-        places.append(at + start)
-        inside.append(bits[at])
-        start += len(bits)
+        packed = np.packbits(np.concatenate([np.zeros(at % 8, np.bool_), under]), bitorder="little")
+        kept[at // 8 : at // 8 + len(packed)] |= packed
+        within = bits <= high
+        within ^= under
+        found = np.flatnonzero(within)
+        inside.append(bits[found])
+        places.append((found + at).astype(kind))
+        at += len(bits)
     return below, np.concatenate(places), np.concatenate(inside)
 
 
@@ -93,7 +105,9 @@ def radix_select(bits: UInt64, rank: int, replica: Replica) -> tuple[np.uint64, 
     return np.uint64(prefix), below
 
 
-def mark_kept(make_blocks: Blocks, local: int, total: int, count: int, sample: Float64, replica: Replica) -> Bool:
+def mark_kept(
+    make_blocks: Blocks, local: int, total: int, count: int, sample: Float64, replica: Replica, lead: int = 0
+) -> UInt8:
     """Keep the `count` smallest keys of all data-parallel ranks; ties go to the lower id.
 
     Args:
@@ -103,26 +117,45 @@ def mark_kept(make_blocks: Blocks, local: int, total: int, count: int, sample: F
         count: how many to keep, in [0, total].
         sample: float64[...], the same sample of keys on every rank.
         replica: the ranks; ids rise with the data-parallel rank.
+        lead: empty bits to leave before the first, in [0, 8).
 
     Returns:
-        bool[local], true for kept.
+        uint8[ceil((lead + local)/8)], packed bits (`numpy.packbits`, little), 1 for kept.
     """
+    kept = np.zeros(-(-(lead + local) // 8), dtype=np.uint8)
     if count in (0, total):
-        return np.full(local, count > 0, dtype=np.bool_)
-    kept = np.empty(local, dtype=np.bool_)
+        if count:
+            kept[:] = 0xFF
+            _trim(kept, lead, local)
+        return kept
     low, high = find_bracket(sample, count / total)
     while True:
-        below, places, inside = split_by_bracket(make_blocks(), low, high, kept)
+        below, places, inside = split_by_bracket(make_blocks(), low, high, kept, lead)
         sums = replica.sum_over_dp(np.asarray([below, len(inside)], dtype=np.int64))
         if sums[0] < count <= sums[0] + sums[1]:
             break
         low, high = (np.uint64(0), high) if sums[0] >= count else (low, ALL)
     key, under = radix_select(inside, count - 1 - int(sums[0]), replica)
-    kept[places[inside < key]] = True
+    _set(kept, places[inside < key])
     tied = places[inside == key]
     ties = np.zeros(replica.dp_size, dtype=np.int64)
     ties[replica.dp_rank] = len(tied)
     ties = replica.sum_over_dp(ties)
     left = count - int(sums[0]) - under - int(ties[: replica.dp_rank].sum())
-    kept[tied[: max(0, left)]] = True
+    _set(kept, tied[: max(0, left)])
     return kept
+
+
+def _set(packed: UInt8, bits: Places) -> None:
+    """Set bits, given in rising order."""
+    byte, bit = bits >> 3, np.left_shift(1, bits & 7, dtype=np.uint8, casting="unsafe")
+    if len(byte):
+        starts = np.flatnonzero(np.concatenate([[True], byte[1:] != byte[:-1]]))
+        packed[byte[starts]] |= np.bitwise_or.reduceat(bit, starts)
+
+
+def _trim(packed: UInt8, lead: int, local: int) -> None:
+    """Clear the bits before `lead` and from `lead + local` on."""
+    if len(packed):
+        packed[0] &= 0xFF << lead & 0xFF
+        packed[-1] &= 0xFF >> -(lead + local) % 8

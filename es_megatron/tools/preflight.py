@@ -17,17 +17,18 @@ import platform
 import shutil
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from es_megatron.errors import EsError, LayoutError
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 PACKAGES = ("torch", "numpy", "megatron-core", "deepspeed", "sentencepiece", "safetensors")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -83,16 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Check this node and, with the others, the whole run; returns 0 if it may start."""
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return 0
-    from es_megatron.trainer.settings import load_settings
-
-    overrides = [*arguments.overrides, *([f"backend={arguments.backend}"] if arguments.backend else [])]
-    settings = load_settings(arguments.config, overrides)
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    node, nodes = (
-        int(os.environ.get(name, default)) // per_node for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
-    )
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    node, nodes = (int(os.environ.get(name, last)) // per_node for name, last in (("RANK", "0"), ("WORLD_SIZE", "1")))
     store = meet(node, nodes, arguments.timeout) if nodes > 1 else None
-    token = tell(store, "token", node, lambda: leave_token(settings.run.directory))
+    settings = read_settings(arguments)
+    folder = Path() if isinstance(settings, str) else settings.run.directory
+    token = tell(store, "token", node, lambda: leave_token(folder))
     facts = gather(store, node, nodes, observe(settings, node, token))
     findings = judge(facts)
     if store is not None and all(finding.ok for finding in findings):
@@ -102,16 +99,29 @@ def run(arguments: argparse.Namespace) -> int:
     if node == 0:
         print(report(findings, nodes), flush=True)
         with contextlib.suppress(OSError):
-            (settings.run.directory / token).unlink()
+            (folder / token).unlink()
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-def meet(node: int, nodes: int, timeout: float) -> dist.TCPStore:
+def read_settings(arguments: argparse.Namespace) -> Any:
+    """Settings of the run, or what is wrong with them on this node: the others must hear of it."""
+    from es_megatron.trainer.settings import load_settings
+
+    overrides = [*arguments.overrides, *([f"backend={arguments.backend}"] if arguments.backend else [])]
+    try:
+        return load_settings(arguments.config, overrides)
+    except EsError as error:
+        return str(error)
+
+
+def meet(node: int, nodes: int, timeout: float) -> TCPStore:
     """Open the store that all nodes use, on the port that the run will have.
 
     Raises:
         LayoutError: the port is taken, or the master or another node does not answer.
     """
+    import torch.distributed as dist
+
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
     hosts = node == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -129,7 +139,7 @@ def meet(node: int, nodes: int, timeout: float) -> dist.TCPStore:
     return store
 
 
-def tell(store: dist.TCPStore | None, key: str, node: int, make: Callable[[], str]) -> str:
+def tell(store: TCPStore | None, key: str, node: int, make: Callable[[], str]) -> str:
     """What `make` gives on node 0, on every node."""
     if store is None:
         return make()
@@ -138,7 +148,7 @@ def tell(store: dist.TCPStore | None, key: str, node: int, make: Callable[[], st
     return store.get(f"es/{key}").decode()
 
 
-def gather(store: dist.TCPStore | None, node: int, nodes: int, value: Any, key: str = "facts") -> list[Any]:
+def gather(store: TCPStore | None, node: int, nodes: int, value: Any, key: str = "facts") -> list[Any]:
     """The dataclass objects of all nodes, by node."""
     if store is None:
         return [value]
@@ -161,8 +171,10 @@ def leave_token(directory: Path) -> str:
 def observe(settings: Any, node: int, token: str) -> Facts:
     """Look at everything this node can tell alone."""
     interface = os.environ.get(INTERFACE, "")
-    manifest, data_ok = digest_data(settings)
-    trouble, free = look_at_folder(settings.run.directory, token)
+    manifest, data_ok, trouble, free = str(settings), False, "", 0
+    if not isinstance(settings, str):
+        manifest, data_ok = digest_data(settings)
+        trouble, free = look_at_folder(settings.run.directory, token)
     return Facts(
         node=node,
         host=socket.gethostname(),
@@ -273,8 +285,8 @@ def judge_folder(facts: Sequence[Facts]) -> Finding:
         return Finding(
             False,
             "run directory",
-            f"{by_node(broken, lambda each: each.directory)}. It must be on a file system that all nodes share and may write "
-            "to; set `run.directory`.",
+            f"{by_node(broken, lambda each: each.directory)}. It must be on a file system that all nodes share and "
+            "may write to; set `run.directory`.",
         )
     return Finding(
         True, "run directory", f"shared and writable, {min(each.free_bytes for each in facts) // MEGABYTE:,} MB free"
@@ -291,8 +303,9 @@ def judge_interface(facts: Sequence[Facts]) -> Finding:
         return Finding(
             False,
             what,
-            f"{INTERFACE} is not set on {', '.join(f'node {each.node}' for each in unset)}: gloo would choose 127.0.0.1 and wait "
-            f"for minutes. Set `interface` to one of: {by_node(unset, lambda each: ', '.join(each.interfaces))}.",
+            f"{INTERFACE} is not set on {', '.join(f'node {each.node}' for each in unset)}: gloo would choose "
+            f"127.0.0.1 and wait for minutes. Set `interface` to one of: "
+            f"{by_node(unset, lambda each: ', '.join(each.interfaces))}.",
         )
     silent = [each for each in facts if not each.address]
     if silent:
@@ -305,8 +318,11 @@ def judge_interface(facts: Sequence[Facts]) -> Finding:
     return Finding(True, what, f"{facts[0].interface}: {', '.join(each.address for each in facts)}")
 
 
-def try_gloo(store: dist.TCPStore, node: int, nodes: int) -> Finding:
+def try_gloo(store: TCPStore, node: int, nodes: int) -> Finding:
     """Sum a number over the nodes, through the interface the run will use."""
+    import torch
+    import torch.distributed as dist
+
     what = "gloo between nodes"
     limit = timedelta(seconds=GLOO_SECONDS)
     try:
@@ -332,3 +348,9 @@ def report(findings: Sequence[Finding], nodes: int) -> str:
     failed = sum(not finding.ok for finding in findings)
     lines.append("  may start" if not failed else f"  {failed} of {len(findings)} checks failed: do not start")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":  # as the launchers start it
+    from es_megatron.tools.cli import main
+
+    sys.exit(main(["preflight", *sys.argv[1:]]))

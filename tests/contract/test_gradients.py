@@ -1,4 +1,4 @@
-"""Invariants 4 and 6: updates equal plain training on the chosen sequences, bit for bit; scores move with the optimizer.
+"""Invariants 4 and 6: updates equal plain training on what was chosen, bit for bit; scores move with the optimizer.
 
 The oracle is a second loop in the same process with the same initial weights and random states. It calls upstream's
 schedule, unwrapped, on the micro-batches that the first loop was seen to train on.

@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def check_same(histories: list[History], reference: History) -> None:
-    """Same ids on every rank, masks and losses too; replicas of a shard are equal, and shards join to the reference's."""
+    """Same ids, masks and losses on every rank; replicas of a shard are equal, and shards join to the reference's."""
     for history in histories:
         assert history.chosen == reference.chosen
         assert history.pruned == reference.pruned
@@ -185,7 +185,9 @@ def test_a_rank_whose_copy_of_the_scores_differs_stops_the_run_everywhere(tmp_pa
             trainer.engine.store.score[0] += 1
 
     def run_spoiled() -> str:
-        settings = settings_of(write_blend(tmp_path / "data"), tmp_path / "run", SHORT, "parallel.pipeline=2", "run.save_interval=6")
+        settings = settings_of(
+            write_blend(tmp_path / "data"), tmp_path / "run", SHORT, "parallel.pipeline=2", "run.save_interval=6"
+        )
         with pytest.raises(LayoutError, match="differ") as raised:
             train(settings, after=spoil)
         return str(raised.value)

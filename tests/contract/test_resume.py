@@ -62,10 +62,10 @@ def check_joined(parts: list[list[History]], whole: list[History], directory: Pa
     """The parts of an interrupted run on one layout, put together, are the whole run, bit for bit."""
     for rank, expected in enumerate(whole):
         mine = [part[rank] for part in parts]
-        assert sum((part.chosen for part in mine), []) == expected.chosen
-        assert sum((part.norm for part in mine), []) == expected.norm
-        assert sum((part.reported for part in mine), []) == expected.reported
-        np.testing.assert_array_equal(sum((part.loss for part in mine), []), expected.loss)
+        assert [each for part in mine for each in part.chosen] == expected.chosen
+        assert [each for part in mine for each in part.norm] == expected.norm
+        assert [each for part in mine for each in part.reported] == expected.reported
+        np.testing.assert_array_equal([each for part in mine for each in part.loss], expected.loss)
         assert (mine[-1].scores, mine[-1].weights) == (expected.scores, expected.weights)
     assert audit_of(directory) == whole[0].chosen
     check_totals(parts[-1][0].summary, whole[0].summary)
@@ -156,9 +156,7 @@ MOVES = {
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MOVES]
 )
 @pytest.mark.parametrize("stop", [MID_EPOCH, pytest.param(SECOND_EPOCH, marks=pytest.mark.slow)])
-def test_resumed_on_another_layout(
-    name: str, stop: int, start: Start, uninterrupted: Start, tmp_path: Path
-) -> None:
+def test_resumed_on_another_layout(name: str, stop: int, start: Start, uninterrupted: Start, tmp_path: Path) -> None:
     (ranks, overrides), (other_ranks, other_overrides) = MOVES[name]
     whole = uninterrupted(1)[0]
     start(tmp_path, ranks, *overrides, stop=stop)

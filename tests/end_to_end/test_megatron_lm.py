@@ -29,11 +29,8 @@ LAYOUTS = {
     "DP2-distributed-optimizer": (
         2,
         [
-            "--use-distributed-optimizer",
-            "--overlap-grad-reduce",
-            "--overlap-param-gather",
-            "--es-scoring-micro-batch-size",
-            "4",
+            *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+            *("--es-scoring-micro-batch-size", "4", "--num-workers", "1"),
         ],
     ),
     "TP2-larger-scoring-batch": (2, ["--tensor-model-parallel-size", "2", "--es-scoring-micro-batch-size", "8"]),

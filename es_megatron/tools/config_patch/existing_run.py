@@ -14,7 +14,8 @@ from es_megatron.tools.config_patch.shell_values import MARK, unknowns
 Kind = Literal["script", "arguments", "yaml", "deepspeed"]
 Options = Mapping[str, tuple[str, ...]]
 
-OFF = ("", "false", "none", "null", "0", "no", "off", "~")
+UNSET = ("", "false", "none", "null", "no", "off", "~")
+OFF = (*UNSET, "0")
 
 # Names of the command line, of DeepSpeed's JSON and of other configs -> the one used here (Megatron-Core's own).
 ALIASES = {
@@ -61,8 +62,9 @@ class ExistingRun:
         return not values or values[0].strip().lower() not in OFF
 
     def value(self, name: str) -> str | None:
-        """First value of an option that is on."""
-        return self.options[name][0] if self.on(name) and self.options[name] else None
+        """First value of an option that is set."""
+        values = self.options.get(name, ())
+        return values[0] if values and values[0].strip().lower() not in UNSET else None
 
     def number(self, name: str) -> int | None:
         """A whole number; None if it is not given, or not known from the text.
@@ -88,7 +90,7 @@ class ExistingRun:
 
     def size(self, name: str) -> int | None:
         """A size that is 1 unless given; None if it is given but not known."""
-        return 1 if not self.on(name) else self.number(name)
+        return 1 if self.value(name) is None else self.number(name)
 
     @property
     def missing(self) -> list[str]:
@@ -162,7 +164,7 @@ class ExistingRun:
     @property
     def meta_batch(self) -> int | None:
         """Sequences of an iteration, B; without a global batch size one micro-batch per data-parallel rank."""
-        if self.on("global_batch_size"):
+        if self.value("global_batch_size") is not None:
             return self.number("global_batch_size")
         if self.micro_batch is None or self.data_parallel is None:
             return None

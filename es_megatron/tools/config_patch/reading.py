@@ -151,6 +151,8 @@ def _script_notes(
             "arguments given when the script is started are not seen here",
             "give what matters with `--set NAME=VALUE`",
         )
+    if "\r\n" in text:
+        yield "line ends", "bash takes the carriage returns of this file as parts of words", "`sed -i 's/\\r$//' FILE`"
     told = {name: value for name, value in script.assumed.items() if value.isdigit() and name not in _RANKS}
     if told:
         listed = ", ".join(f"{name}={value}" for name, value in told.items())

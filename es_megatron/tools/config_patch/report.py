@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass
 
 from es_megatron.config import EvolvedSamplingConfig, build
@@ -15,6 +16,7 @@ from es_megatron.tools.config_patch.passes import passes_of
 from es_megatron.tools.config_patch.reading import KINDS, Source
 from es_megatron.tools.config_patch.sizes import Proposal, measure, propose
 
+FIELDS = frozenset(field.name for field in dataclasses.fields(EvolvedSamplingConfig))
 ORDER = ("REFUSE", "NOTE", "OK")
 
 
@@ -54,7 +56,9 @@ def examine(name: str, source: Source, wishes: Wishes) -> Report:
         ConfigError: a size is no number, or settings in the config are out of range.
     """
     wishes = wishes_in(source, wishes)
-    reports = [examine_run(run, wishes) for run in source.runs]
+    reports = [examine_run(source.runs[0], wishes)]
+    settled = Wishes(reports[0][1].config, FIELDS, wishes.passes)
+    reports += [examine_run(run, settled) for run in source.runs[1:]]
     findings = dict.fromkeys(finding for each, _ in reports for finding in each)
     ordered = sorted(findings, key=lambda finding: ORDER.index(finding.severity))
     lines = [str(source.text.count("\n", 0, launch.anchor.start) + 1) for launch in source.launches]

@@ -26,7 +26,8 @@ BEGIN, END = "# >>> es-megatron", "# <<< es-megatron <<<"
 ARRAYS = ("ES_ARGS", "ES_MEGATRON_ARGS")
 UNENDED = "no newline at the end"
 MARKED = re.compile(rf"[ \t]*{BEGIN} \(([^)]*)\).*?{END}\r?\n", re.DOTALL)
-FLAG = r"--es(?:-[a-z0-9-]+(?:[ =][^\s\"'\\-][^\s\"'\\]*)?)?"
+PLAIN = "|".join(f.name.replace("_", "-") for f in dataclasses.fields(EvolvedSamplingConfig) if f.default is False)
+FLAG = rf"(?:--(?:no-)?es(?:-(?:{PLAIN}))?(?![\w-])|--es-[a-z0-9-]+[ =][^\s\"'\\]+)"
 RUN_AS_MODULE = re.compile(rf"(?:-m|--module) {re.escape(RUNNER)} ")
 IN_LAUNCH = re.compile(rf" (?:\"\$\{{(?:{'|'.join(ARRAYS)})\[@\]\}}\"|{FLAG})")
 IN_ARGUMENTS = re.compile(rf"(?:(?: \\)?\r?\n[ \t]*| ){FLAG}")
