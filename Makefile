@@ -56,10 +56,11 @@ test-fast: $(STAMP)
 test-deepspeed: $(STAMP)
 	$(BIN)/python -m pytest -k deepspeed $(PYTEST_ARGS)
 
-# MEGATRON_LM is a checkout of Megatron-LM, unmodified; without it the tests skip.
+# MEGATRON_LM is a checkout of Megatron-LM, MEGATRON_DEEPSPEED one of Megatron-DeepSpeed, unmodified; without them the tests skip.
 test-megatron-lm: $(STAMP)
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet six regex einops pydantic pybind11
-	MEGATRON_LM="$(abspath $(MEGATRON_LM))" $(BIN)/python -m pytest tests/end_to_end/test_megatron_lm.py $(PYTEST_ARGS)
+	MEGATRON_LM="$(abspath $(MEGATRON_LM))" MEGATRON_DEEPSPEED="$(abspath $(MEGATRON_DEEPSPEED))" $(BIN)/python -m pytest \
+	    tests/end_to_end/test_megatron_lm.py tests/end_to_end/test_megatron_deepspeed.py $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	$(BIN)/es-megatron demo

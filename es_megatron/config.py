@@ -89,8 +89,8 @@ class EvolvedSamplingConfig:
     """Seed of data order, pruning and selection, in [0, 2^63)."""
 
     initial_scores: str | None = None
-    """Folder of scores to begin with, of another run's checkpoint or made by `es-megatron scores import`; components are
-    matched by name and fingerprint. Components whose samples nearly all have a score are pruned from epoch 0 on."""
+    """Folder of scores to begin with, from another run's checkpoint or made by `es-megatron scores import`; components
+    are matched by name and fingerprint. Those whose samples nearly all have a score are pruned from epoch 0 on."""
 
     score_folder: str | None = None
     """Folder in which each rank maps its scores from an unnamed file (5 bytes a sample); None: in memory."""

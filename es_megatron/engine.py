@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -18,13 +18,16 @@ import numpy.typing as npt
 from es_megatron.algorithm.evolution import raise_to_floor
 from es_megatron.algorithm.randomness import Purpose, uniforms
 from es_megatron.algorithm.selection import Race, assign, inclusion_weights, owners, positions_of, race, race_groups
+from es_megatron.checkpoint.warm_start import begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
-from es_megatron.errors import CheckpointError, LayoutError, LossError
+from es_megatron.data.schedule import DueEpoch, Origin
+from es_megatron.errors import CheckpointError, LossError
 from es_megatron.parallel import Replica
 from es_megatron.plan import Plan, plan_run
+from es_megatron.scores.copies import check_copies
 from es_megatron.scores.store import ScoreStore
 
 Float32 = npt.NDArray[np.float32]
@@ -114,8 +117,9 @@ class EvolvedSampling:
         micro_batch: int,
         train_samples: int,
         micro_batch_multiple: int = 1,
+        begin: Callable[[ScoreStore], Origin] = begin_with_scores,
     ) -> None:
-        """Plan the run and start at iteration 0.
+        """Plan the run and start at its first iteration; collective.
 
         Args:
             config: settings.
@@ -126,19 +130,25 @@ class EvolvedSampling:
             train_samples: draws of the plain run.
             micro_batch_multiple: what the micro-batches of a rank must be a multiple of (the pipeline size where stages
                 are interleaved).
+            begin: says where the data order begins, and loads scores to begin with: the settings' `initial_scores` at
+                iteration 0, or what a checkpoint says.
 
         Raises:
             ConfigError: sizes that do not divide, a run too long.
+            CheckpointError: initial scores that are damaged or of other data.
         """
         self.config, self.manifest, self.replica = config, manifest, replica
         self.meta_batch, self.micro_batch = meta_batch, micro_batch
         quantum = micro_batch * replica.dp_size * micro_batch_multiple
-        self.plan: Plan = plan_run(config, manifest, meta_batch, quantum, train_samples)
-        self.sampler = Sampler(self.plan.schedule, config.seed)
         self.store = ScoreStore(manifest, config, replica)
+        origin = begin(self.store)
+        self.plan: Plan = plan_run(config, manifest, meta_batch, quantum, train_samples, origin)
+        self.sampler = Sampler(self.plan.schedule, config.seed)
         self.own: Int64 = positions_of(replica.dp_rank, replica.dp_size, meta_batch, micro_batch)
         """Positions of the meta-batch that this rank loads."""
-        self.iteration = 0
+        self.iteration = origin.iteration
+        self.decided: dict[tuple[int, int], int] = {}
+        """Iteration whose beginning's scores decided each open kept mask, by (component, epoch)."""
         self.last: StepRecord | None = None
         self._owners = owners(replica.dp_size, meta_batch, micro_batch)
         self._seconds: dict[str, float] = {}
@@ -153,17 +163,7 @@ class EvolvedSampling:
         self._seconds = {}
         with self._timed("order"):
             for due in self.plan.schedule.due(self.iteration, self.config.mask_lag):
-                if (due.component, due.epoch) not in self.sampler.masks:
-                    self.sampler.masks[due.component, due.epoch] = self.store.prune(due.component, due.epoch)
-                    LOGGER.info(
-                        "iteration %d: epoch %d of `%s` keeps %d of %d samples, first drawn in iteration %d",
-                        self.iteration,
-                        due.epoch,
-                        self.manifest.components[due.component].name,
-                        self.sampler.masks[due.component, due.epoch].count,
-                        self.manifest.sizes[due.component],
-                        due.first_iteration,
-                    )
+                self._decide(due)
             return self.sampler.batch(self.iteration)
 
     def step(self, batch: MetaBatch, framework: Framework) -> Any:
@@ -196,6 +196,7 @@ class EvolvedSampling:
             self.store.discard()
         self.iteration += 1
         self.sampler.forget(self.iteration)
+        self.decided = {key: when for key, when in self.decided.items() if key in self.sampler.masks}
         if self.iteration % REPLICA_CHECK_INTERVAL == 0:
             self.check_replicas()
 
@@ -205,33 +206,35 @@ class EvolvedSampling:
         Raises:
             LayoutError: on every rank, if copies differ.
         """
-        if self.replica.mp_size == 1:
-            return
-        own = (self.replica.dp_rank, self.replica.mp_rank, self.store.checksum())
-        copies: dict[int, dict[int, int]] = {}
-        for data_rank, model_rank, checksum in self.replica.gather_objects(own):
-            copies.setdefault(data_rank, {})[model_rank] = checksum
-        for data_rank, checksums in sorted(copies.items()):
-            if len(set(checksums.values())) > 1:
-                raise LayoutError(
-                    f"The scores of data-parallel rank {data_rank} must be equal on its tensor- and pipeline-parallel "
-                    f"ranks, but differ before iteration {self.iteration} (checksums by rank: {checksums}). Resume "
-                    "from the last checkpoint; if it comes again, look for a rank with faulty memory or other software."
-                )
+        check_copies(self.replica, self.store.checksum, self.iteration)
 
     def state_dict(self) -> dict[str, Any]:
         """Position and terms of the run, JSON-able; scores and masks are arrays of their own."""
-        return {"iteration": self.iteration, "terms": self._terms()}
+        decided = [[*key, when] for key, when in sorted(self.decided.items())]
+        schedule = self.plan.schedule
+        return {
+            "iteration": self.iteration,
+            "terms": self._terms(),
+            "origin": schedule.origin.to_json(),
+            "stood_for": schedule.stood_for(self.iteration),
+            "decided": decided,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], masks: Mapping[tuple[int, int], KeptMask]) -> None:
-        """Go on where `state_dict` stood; scores are loaded into `store` separately.
+        """Go on where `state_dict` stood; collective. Scores are loaded into `store` separately.
 
         Raises:
             CheckpointError: unknown or missing keys, or terms that decide the data order and differ.
         """
-        if set(state) != {"iteration", "terms"}:
-            raise CheckpointError(f"The state must have keys `iteration` and `terms`, but has {sorted(state)} instead.")
-        changed = {key: (state["terms"].get(key), value) for key, value in self._terms().items()}
+        expected = {"iteration", "terms", "origin", "stood_for", "decided"}
+        if set(state) != expected:
+            raise CheckpointError(
+                f"The state must have the keys {sorted(expected)}, but has {sorted(state)} instead. "
+                "Load it with the version of es_megatron that wrote it."
+            )
+        terms = {**self._terms(), "origin": self.plan.schedule.origin.to_json()}
+        saved = {**state["terms"], "origin": state["origin"]}
+        changed = {key: (saved.get(key), value) for key, value in terms.items()}
         changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
         if changed:
             told = ", ".join(f"`{key}` was {old!r} and is {new!r}" for key, (old, new) in changed.items())
@@ -240,6 +243,11 @@ class EvolvedSampling:
             )
         self.iteration = int(state["iteration"])
         self.sampler.masks = dict(masks)
+        if self.config.mask_folder is not None:
+            self.sampler.masks = {
+                key: self.store.masks.share(mask.packed, mask.samples) for key, mask in sorted(masks.items())
+            }
+        self.decided = {(int(c), int(e)): int(when) for c, e, when in state["decided"]}
 
     def _terms(self) -> dict[str, Any]:
         """Settings that decide which samples come when; changing one would tear the epochs."""
@@ -253,6 +261,17 @@ class EvolvedSampling:
                 for name in ("arm", "anneal", "pruning_ratio", "keep_ratio", "mask_lag", "seed")
             },
         }
+
+    def _decide(self, due: DueEpoch) -> None:
+        """Decide the kept mask of an epoch, unless a checkpoint had it."""
+        key = due.component, due.epoch
+        if key in self.sampler.masks:
+            return
+        mask = self.sampler.masks[key] = self.store.prune(*key)
+        self.decided[key] = self.iteration
+        name = self.manifest.components[due.component].name
+        told = "scores before iteration %d: epoch %d of `%s` keeps %d of %d samples, drawn from iteration %d on"
+        LOGGER.info(told, self.iteration, due.epoch, name, mask.count, mask.samples, due.first_iteration)
 
     def _scores_fresh(self) -> bool:
         if self.config.scorer == "every-k":

@@ -85,7 +85,8 @@ def saved_share(plan: Plan, iterations: int, totals: RunTotals) -> float:
     Returns:
         1 - cost / (cost of the plain run over the draws they stand for); negative where they cost more.
     """
-    stood_for = float((plan.schedule.passes(iterations) * plan.schedule.manifest.sizes).sum())
+    schedule = plan.schedule
+    stood_for = schedule.origin.stood_for + float((schedule.passes(iterations) * schedule.manifest.sizes).sum())
     cost = FORWARD_COST * totals.sequences_scored + TRAIN_COST * totals.sequences_trained
     return 1.0 - cost / (TRAIN_COST * stood_for) if stood_for else 0.0
 

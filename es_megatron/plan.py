@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
-from es_megatron.data.schedule import Schedule
+from es_megatron.data.schedule import Origin, Schedule
 from es_megatron.errors import ConfigError, LayoutError
 
 FORWARD_COST = 1.0
@@ -79,7 +79,12 @@ class Plan:
 
 
 def plan_run(
-    config: EvolvedSamplingConfig, manifest: Manifest, meta_batch: int, quantum: int, train_samples: int
+    config: EvolvedSamplingConfig,
+    manifest: Manifest,
+    meta_batch: int,
+    quantum: int,
+    train_samples: int,
+    origin: Origin | None = None,
 ) -> Plan:
     """Plan a run; control arms that match a cost are cut to that of the `es` run with the same settings.
 
@@ -90,6 +95,7 @@ def plan_run(
         quantum: what b must be a multiple of: micro-batch size times data-parallel size, times the pipeline size where
             stages are interleaved.
         train_samples: draws of the plain run.
+        origin: where the data order begins, if not at iteration 0.
 
     Raises:
         ConfigError: sizes that do not divide.
@@ -107,13 +113,13 @@ def plan_run(
 
     def make(kept: int, samples: int) -> Plan:
         ratio = config.pruning_ratio if config.prunes else 0.0
-        schedule = Schedule(manifest, meta_batch, samples, anneal=config.anneal, pruning_ratio=ratio)
+        schedule = Schedule(manifest, meta_batch, samples, anneal=config.anneal, pruning_ratio=ratio, origin=origin)
         return Plan(config, schedule, meta_batch, kept, plain_iterations)
 
     if not (config.match_cost or config.arm == "shortened"):
         return make(kept, train_samples)
     es = dataclasses.replace(config, arm="es", match_cost=False)
-    budget = plan_run(es, manifest, meta_batch, quantum, train_samples).cost
+    budget = plan_run(es, manifest, meta_batch, quantum, train_samples, origin).cost
     if config.match_cost:
         sizes = range(quantum, meta_batch + 1, quantum)
         kept = next((b for b in sizes if make(b, train_samples).cost >= budget), meta_batch)

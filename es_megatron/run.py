@@ -44,12 +44,14 @@ def prepare_cpu(upstream: str) -> bool:
 
     if not megatron_lm_cpu.install():
         return False
-    megatron_lm_cpu.keep_pipeline_outputs()
+    megatron_lm_cpu.adapt_megatron_core()
     return True
 
 
 def main() -> None:
     """Prepare, then run the script as the main program of this process."""
+    if len(sys.argv) > 2 and sys.argv[1].startswith(("--local_rank=", "--local-rank=")):
+        sys.argv.append(sys.argv.pop(1))  # launchers put it before what they take for the script's arguments
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0 if len(sys.argv) > 1 else 2)

@@ -39,7 +39,7 @@ if __name__ == "__main__":
     megatron_lm_cpu.install()
     sys.argv = sys.argv[1:]
     sys.path.insert(0, os.environ.get("SCRIPT_FOLDER") or os.path.dirname(sys.argv[0]))
-    megatron_lm_cpu.keep_pipeline_outputs()
+    megatron_lm_cpu.adapt_megatron_core()
     ours = lambda: sorted(name for name in sys.modules if name.split(".")[0] == "es_megatron")
     atexit.register(lambda: print("es_megatron modules:", *ours()))
     exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), globals())
@@ -63,6 +63,10 @@ class Outcome:
         """What Megatron's log line says under a name, as text, by iteration."""
         pattern = re.compile(rf"\] iteration +(\d+)/.*\| {re.escape(name)}: +([^|]*?) +\|")
         return {int(found[1]): found[2] for line in self.text.splitlines() if (found := pattern.search(line))}
+
+    def meta_losses(self) -> list[float]:
+        """Mean loss of each meta-batch, as our own log line tells it."""
+        return [float(found) for found in re.findall(r"\| meta-batch loss: (\S+) \|", self.text)]
 
     def chosen(self) -> dict[int, list[int]]:
         """Chosen ids by iteration."""
@@ -93,7 +97,14 @@ class Site:
         return str(self.checkout / "pretrain_gpt.py")
 
     def run(
-        self, name: str, flags: Sequence[str], *, ranks: int = 1, patched: bool = True, script: str | None = None
+        self,
+        name: str,
+        flags: Sequence[str],
+        *,
+        ranks: int = 1,
+        patched: bool = True,
+        script: str | None = None,
+        model: Sequence[str] = MODEL,
     ) -> Outcome:
         """Start the script under torchrun and wait for its end.
 
@@ -103,13 +114,14 @@ class Site:
             ranks: processes.
             patched: whether the runner starts it, or a launcher that knows nothing of Evolved Sampling.
             script: another one than the checkout's.
+            model: flags of the model and the optimizer.
         """
         audit = self.root / f"{name}.audit.jsonl"
         data = ["--data-path", "0.6", str(self.root / "books"), "0.4", str(self.root / "code")]
         data += ["--data-cache-path", str(self.root / "cache")]
         start = ["-m", "es_megatron.run"] if patched else [str(self.root / "untouched.py")]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [*start, script or self.script, *MODEL, *data, *flags]
+        command += [*start, script or self.script, *model, *data, *flags]
         if any(flag.startswith("--es") for flag in flags):
             command += ["--es-audit", str(audit)]
         done = subprocess.run(

@@ -71,7 +71,13 @@ def per_token_loss(mask_BT: Tensor | None, losses_BT: Tensor) -> tuple[Tensor, T
 def change_model(**changes: Any) -> None:
     """Change Megatron's `TransformerConfig` of the models this process builds from now on (in a forked rank only)."""
     original = transformer_config
-    model_module.transformer_config = lambda settings: replaced(original(settings), **changes)
+    swap(model_module, "transformer_config", lambda settings: replaced(original(settings), **changes))
+
+
+def swap(module: Any, name: str, stand_in: Any) -> None:
+    """Replace a function of a module, which must exist, until this process ends."""
+    assert callable(getattr(module, name))
+    setattr(module, name, stand_in)
 
 
 def build_experts() -> None:
@@ -92,7 +98,7 @@ def build_experts() -> None:
         add_bias_linear=False,
     )
     spec = gpt_layer_specs.get_gpt_layer_local_spec
-    model_module._layer_spec = lambda settings: spec(num_experts=4, normalization=settings.model.normalization)  # pyright: ignore[reportPrivateUsage]
+    swap(model_module, "layer_spec", lambda settings: spec(num_experts=4, normalization=settings.model.normalization))
 
 
 @dataclass
@@ -117,6 +123,7 @@ class Loop:
         if per_token:
             change_model(calculate_per_token_loss=True)
         self.chunks = build_model(settings, VOCABULARY)
+        assert self.chunks[0].config.calculate_per_token_loss == per_token
         self.optimizer = build_optimizer(settings, self.chunks)
         self.sampling: MegatronCoreSampling | None = rows and attach(
             settings.evolved_sampling,

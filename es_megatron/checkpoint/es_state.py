@@ -242,7 +242,7 @@ def _read(folder: Path, n: int, replica: Replica, data_manifest: Mapping[str, An
         )
     low, high = owned_range(n, replica.dp_rank, replica.dp_size)
     score, visits = np.empty(high - low, np.float32), np.empty(high - low, np.uint8)
-    reader = _Reader(folder, document)
+    reader = Reader(folder, document)
     try:
         reader.read_range("score", score, low)
         reader.read_range("visits", visits, low)
@@ -250,7 +250,7 @@ def _read(folder: Path, n: int, replica: Replica, data_manifest: Mapping[str, An
     finally:
         reader.close()
     created_by: dict[str, Any] = document["created_by"]
-    return EsState(low, score, visits, masks, _read_state(folder, document), document["data_manifest"], created_by)
+    return EsState(low, score, visits, masks, read_state(folder, document), document["data_manifest"], created_by)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -269,7 +269,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _read_state(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+def read_state(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Read and verify what the caller of `save_es_state` gave as `state`."""
     path = folder / STATE
     try:
         content = path.read_bytes()
@@ -279,10 +280,11 @@ def _read_state(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     return sealed.parse_json(content, path)
 
 
-class _Reader:
+class Reader:
     """The tensors of one folder, wherever they are; one file open at a time."""
 
     def __init__(self, folder: Path, document: Mapping[str, Any]) -> None:
+        """Take a folder and what `read_manifest` read in it."""
         self._folder = folder
         self._tensors: dict[str, dict[str, Any]] = document["tensors"]
         self._bounds: list[int] = document["shard_bounds"]

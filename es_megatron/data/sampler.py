@@ -55,7 +55,8 @@ class Sampler:
             ConfigError: it needs the mask of an epoch that is not decided yet.
         """
         size = self.schedule.meta_batch
-        positions = np.arange(iteration * size, (iteration + 1) * size, dtype=np.int64)
+        first = self.schedule.position(iteration)
+        positions = np.arange(first, first + size, dtype=np.int64)
         component, epoch, row = self.rows(positions)
         return MetaBatch(iteration, component, epoch, row, self.manifest.sample_ids(component, row))
 
@@ -72,7 +73,7 @@ class Sampler:
 
     def forget(self, iteration: int) -> None:
         """Drop the masks of epochs that end before this iteration."""
-        draws = self.schedule.blend.counts(iteration * self.schedule.meta_batch)
+        draws = self.schedule.draws(iteration)
         for component, epoch in list(self.masks):
             if self.schedule.epochs.start(component, epoch + 1) <= draws[component]:
                 del self.masks[component, epoch]

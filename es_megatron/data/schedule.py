@@ -7,8 +7,9 @@ runs, unpruned - pruned - unpruned, and every question about them has a closed f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ class Place(NamedTuple):
     """Where draws stand in the epochs of their component."""
 
     epoch: Int64
-    index: Int64
+    index: Int64  # pyright: ignore[reportIncompatibleMethodOverride]
     """Draw number within the epoch."""
     pruned: Bool
 
@@ -96,6 +97,27 @@ class Epochs:
         return int((place.epoch * self.full).sum()) + (partial >> 64)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a data order begins: at iteration 0, or where a run goes on over another blend."""
+
+    iteration: int = 0
+    """First iteration of this order."""
+    stood_for: int = 0
+    """Draws of the plain run that the iterations before it stood for."""
+    scored: tuple[str, ...] = ()
+    """Components that have scores at its beginning, whose epoch 0 may be pruned."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form; `Origin.from_json` reads it back."""
+        return {"iteration": self.iteration, "stood_for": self.stood_for, "scored": list(self.scored)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Origin:
+        """Read what `to_json` wrote."""
+        return Origin(int(data["iteration"]), int(data["stood_for"]), tuple(data["scored"]))
+
+
 class Schedule:
     """Length, phases and epochs of a run."""
 
@@ -108,6 +130,7 @@ class Schedule:
         anneal: float = 0.0,
         pruning_ratio: float = 0.0,
         scores_imported: bool = False,
+        origin: Origin | None = None,
     ) -> None:
         """Find the shortest run whose draws stand for `train_samples` of the plain one.
 
@@ -117,11 +140,13 @@ class Schedule:
             train_samples: draws of the plain run, >= 1.
             anneal: share of iterations at each end that neither selects nor begins a pruned epoch.
             pruning_ratio: r.
-            scores_imported: whether epoch 0 may be pruned.
+            scores_imported: whether epoch 0 of every component may be pruned.
+            origin: where the order begins; iterations count on from there, epochs begin anew.
 
         Raises:
             ConfigError: the run is longer than positions reach.
         """
+        self.origin = origin or Origin()
         if train_samples + meta_batch >= MAX_DRAWS:
             raise ConfigError(
                 f"`train_samples` must be below {MAX_DRAWS - meta_batch} (2^34), but is {train_samples} instead. "
@@ -133,24 +158,37 @@ class Schedule:
         self.blend = Blend([component.weight for component in manifest.components])
         self._kept = np.asarray([kept_count(int(n), pruning_ratio) for n in manifest.sizes], dtype=np.int64)
         self._prunes = pruning_ratio > 0
-        self._first = 0 if scores_imported else 1
+        scored = [scores_imported or component.name in self.origin.scored for component in manifest.components]
+        self._first = np.where(scored, 0, 1)
+        self._remaining = max(0, train_samples - self.origin.stood_for)
         self.phases, self.iterations = self._fit(anneal)
         self.epochs = self._epochs(self.phases)
 
     def passes(self, iterations: int | None = None) -> Float64:
-        """Passes of the plain run over each component that the first iterations stand for, float64[C]."""
-        draws = self.blend.counts((self.iterations if iterations is None else iterations) * self.meta_batch)
-        return self.epochs.stood_for(draws) / self.manifest.sizes
+        """Passes of the plain run over each component that iterations from the origin on stand for, float64[C]."""
+        return self.epochs.stood_for(self.draws(iterations)) / self.manifest.sizes
+
+    def stood_for(self, iteration: int) -> int:
+        """Draws of the plain run that everything before this iteration stands for."""
+        return self.origin.stood_for + self.epochs.stood_for_in_all(self.draws(iteration))
+
+    def position(self, iteration: int) -> int:
+        """First position of an iteration in this order."""
+        return (iteration - self.origin.iteration) * self.meta_batch
+
+    def draws(self, iteration: int | None = None) -> Int64:
+        """Draws of each component in this order before an iteration (before the end), int64[C]."""
+        return self.blend.counts(self.position(self.iterations if iteration is None else iteration))
 
     def due(self, iteration: int, lag: int) -> list[DueEpoch]:
         """Pruned epochs whose mask is decided at the start of this iteration, `lag` iterations before their first draw.
 
-        Iteration 0 also decides those that begin sooner than that.
+        The first iteration also decides those that begin sooner than that.
         """
         if not self._prunes:
             return []
-        low = 0 if iteration == 0 else (iteration + lag) * self.meta_batch
-        high = min(iteration + lag + 1, self.iterations) * self.meta_batch
+        low = 0 if iteration == self.origin.iteration else self.position(iteration + lag)
+        high = self.position(min(iteration + lag + 1, self.iterations))
         if low >= high:
             return []
         begin, end = self.blend.counts(low), self.blend.counts(high)
@@ -164,7 +202,8 @@ class Schedule:
             draw = self.epochs.start(component, starting)
             pruned = self.epochs.place(component, draw).pruned
             for epoch, number in zip(starting[pruned].tolist(), draw[pruned].tolist(), strict=True):
-                found.append(DueEpoch(component, epoch, self.blend.position(component, number) // self.meta_batch))
+                after = self.blend.position(component, number) // self.meta_batch
+                found.append(DueEpoch(component, epoch, self.origin.iteration + after))
         return found
 
     def _fit(self, anneal: float) -> tuple[Phases, int]:
@@ -174,7 +213,7 @@ class Schedule:
         Then the phases are those of a length of the cycle that ask for the longest run: it ends exactly where it stands
         for `train_samples`, and its closing annealing is no shorter than the share of the length it was made for.
         """
-        length = -(-self.train_samples // self.meta_batch)
+        length = self.origin.iteration - (-self._remaining // self.meta_batch)
         needed: dict[int, int] = {}
         while length not in needed and len(needed) < MAX_REFINEMENTS:
             needed[length] = self._length(Phases(length, anneal))
@@ -187,20 +226,20 @@ class Schedule:
     def _length(self, phases: Phases) -> int:
         """Fewest iterations that stand for the run's draws, with pruning as these phases have it."""
         epochs = self._epochs(phases)
-        low, high = 0, -(-self.train_samples // self.meta_batch)
+        low, high = 0, -(-self._remaining // self.meta_batch)
         while low < high:
             middle = (low + high) // 2
             stood_for = epochs.stood_for_in_all(self.blend.counts(middle * self.meta_batch))
-            low, high = (low, middle) if stood_for >= self.train_samples else (middle + 1, high)
-        return low
+            low, high = (low, middle) if stood_for >= self._remaining else (middle + 1, high)
+        return self.origin.iteration + low
 
     def _epochs(self, phases: Phases) -> Epochs:
         full, kept = self.manifest.sizes, self._kept
         if not self._prunes:
             never = np.full(len(full), np.iinfo(np.int64).max // (4 * int(full.max())), dtype=np.int64)
             return Epochs(full, kept, never, never)
-        begin = self.blend.counts(phases.start * self.meta_batch)
-        end = self.blend.counts(phases.stop * self.meta_batch)
+        begin = self.blend.counts(max(0, self.position(phases.start)))
+        end = self.blend.counts(max(0, self.position(phases.stop)))
         first = np.maximum(-(-begin // full), self._first)
         pruned = np.maximum(-(-(end - first * full) // kept), 0)
         return Epochs(full, kept, first, first + pruned)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,26 @@ def discard_gradients(engine: Any) -> None:
     engine.micro_steps = 0
 
 
+@contextmanager
+def universal_mended(engine: Any) -> Iterator[None]:
+    """Load a universal checkpoint in the body of a `with` so that stage 3 gets it right.
+
+    DeepSpeed gives every parameter group the first one's settings there (so that norms would decay), and all of them one
+    and the same step count (so that it would grow by as many at each step).
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", None)
+    if engine.zero_optimization_stage() < 3 or optimizer is None:
+        yield
+        return
+    before = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
+    for group, kept in zip(optimizer.param_groups, before, strict=True):
+        group.update(kept)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+
+
 class DeepSpeedSampling(ABC):
     """Evolved Sampling attached to a DeepSpeed engine; the subclasses do the passes (`es_megatron.engine.Framework`)."""
 
@@ -244,7 +265,8 @@ class DeepSpeedSampling(ABC):
         """
         es_state = more.pop("es_state", True)
         tag = tag if tag is not None else self._latest(Path(load_dir))
-        found = self._own_load(str(load_dir), tag, *args, **more)
+        with universal_mended(self.deepspeed) if self.deepspeed.load_universal_checkpoint() else nullcontext():
+            found = self._own_load(str(load_dir), tag, *args, **more)
         if es_state and tag is not None and found[0] is not None:
             self.load_state(state_folder(Path(load_dir), str(tag)))
         return found

@@ -29,7 +29,7 @@ from es_megatron.errors import ConfigError, DataError
 from es_megatron.frameworks.blend_file import read_blend_file, vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -155,17 +155,21 @@ def fingerprint_token_file(file: TokenFile, seq_length: int) -> str:
     sequence length; not the path, so that a moved component stays the same one. The `.bin` file is not read in full: a
     change of single tokens between those blocks goes unseen.
     """
-    digest = hashlib.blake2b(digest_size=16, person=b"es-packing-1")
     with file.idx_path.open("rb") as index:
-        while block := index.read(1 << 20):
-            digest.update(block)
-    size = file.bin_path.stat().st_size
+        return fingerprint(iter(lambda: index.read(1 << 20), b""), file.bin_path, file.bin_path.stat().st_size, seq_length)
+
+
+def fingerprint(index: Iterable[bytes | memoryview], bin_path: Path, size: int, seq_length: int) -> str:
+    """The fingerprint of an index, piece by piece, and the first `size` bytes of its tokens."""
+    digest = hashlib.blake2b(digest_size=16, person=b"es-packing-1")
+    for piece in index:
+        digest.update(piece)
     digest.update(struct.pack("<QQ", size, seq_length))
     last = max(size - _PROBE_BYTES, 0)
-    with file.bin_path.open("rb") as tokens:
+    with bin_path.open("rb") as tokens:
         for probe in range(_PROBES):
             tokens.seek(last * probe // (_PROBES - 1))
-            digest.update(tokens.read(_PROBE_BYTES))
+            digest.update(tokens.read(min(_PROBE_BYTES, size)))
     return digest.hexdigest()
 
 

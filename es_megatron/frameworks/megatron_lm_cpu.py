@@ -7,10 +7,12 @@ have. Where CUDA is available nothing is changed at all.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import types
 import typing
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from es_megatron.frameworks import cpu
@@ -37,21 +40,29 @@ def install() -> bool:
     if not cpu.install():
         return False
     _answer_about_the_device()
+    _give_checkpoints_a_format()
     if not hasattr(typing, "override"):  # Python 3.12's, which megatron-core 0.17 and later import
         typing.override = lambda function: function  # pyright: ignore[reportAttributeAccessIssue]
+    if not hasattr(np, "product"):  # gone from numpy 2; core_v0.14 and before save distributed checkpoints with it
+        vars(np)["product"] = np.prod
     importlib.import_module("torch._dynamo")  # which would take a stand-in for triton at its word; torch.optim loads it
     names = [name for name in STAND_INS if "." in name or importlib.util.find_spec(name) is None]
     sys.meta_path.insert(0, StandInFinder(names))
     return True
 
 
-def keep_pipeline_outputs() -> None:
-    """Have stages keep what they send, which Megatron-LM frees once it is under way; imports megatron.core.
+def adapt_megatron_core() -> None:
+    """Change what has to be changed in megatron.core itself, which this imports; call it once it can be found."""
+    if cpu.installed():
+        _keep_pipeline_outputs()
+        _answer_about_transformer_engine()
+
+
+def _keep_pipeline_outputs() -> None:
+    """Have stages keep what they send, which Megatron-LM frees once it is under way.
 
     Interleaved stages send without waiting, and gloo reads the memory later than NCCL does: what arrives is random.
     """
-    if not cpu.installed():
-        return
     from megatron.core.model_parallel_config import ModelParallelConfig
 
     original = ModelParallelConfig.__post_init__
@@ -61,6 +72,35 @@ def keep_pipeline_outputs() -> None:
         original(self)
 
     ModelParallelConfig.__post_init__ = keeping
+
+
+def _answer_about_transformer_engine() -> None:
+    """Let core_v0.12 load a distributed checkpoint, for which it asks Transformer Engine's version, without it."""
+    from megatron.core import utils
+
+    core: Any = utils
+    try:
+        core.get_te_version()
+    except ModuleNotFoundError:
+        core._te_version = core.PkgVersion("0.0")
+
+
+def _give_checkpoints_a_format() -> None:
+    """Let core_v0.12 write checkpoints with a newer torch, which asks it for the format of a tensor's bytes."""
+    from torch.distributed.checkpoint import filesystem
+
+    original: Any = filesystem._write_item  # pyright: ignore[reportPrivateUsage]
+    formats: Any = getattr(filesystem, "SerializationFormat", None)
+    if formats is None:  # an older torch
+        return
+
+    @functools.wraps(original)
+    def write_item(*args: Any, **kwargs: Any) -> Any:
+        if "serialization_format" not in kwargs and len(args) < len(inspect.signature(original).parameters):
+            kwargs["serialization_format"] = formats.TORCH_SAVE
+        return original(*args, **kwargs)
+
+    filesystem._write_item = write_item  # pyright: ignore[reportPrivateUsage]
 
 
 def _answer_about_the_device() -> None:

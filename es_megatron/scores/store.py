@@ -152,6 +152,10 @@ class ScoreStore:
         mean = total[:, 0] / (np.maximum(total[:, 1], 1) * SUM_UNIT)
         return np.where(total[:, 1] > 0, mean, self.start).astype(np.float32)
 
+    def seen(self) -> Int64:
+        """Samples of each component that have a score, int64[C], the same on every rank; collective."""
+        return self.replica.sum_over_dp(self._sums)[:, 1]
+
     def prune(self, component: int, epoch: int) -> KeptMask:
         """Keep m_c of a component's samples, drawn without replacement by their scores (Algorithm 1).
 
@@ -192,7 +196,8 @@ class ScoreStore:
                 f"{len(score)} instead. Load them for this run's data and data-parallel size."
             )
         if self.config.score_folder is None:
-            self.score, self.visits = np.require(score, np.float32, "CW"), np.require(visits, np.uint8, "CW")
+            self.score = np.require(score, np.float32, ["C", "W"])
+            self.visits = np.require(visits, np.uint8, ["C", "W"])
         else:
             self.score[:], self.visits[:] = score, visits
         self._staged = None

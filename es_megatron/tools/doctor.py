@@ -43,11 +43,10 @@ print(int(value.sum()))
 
 PATCH_TEST = """
 import json, sys
-from pathlib import Path
-from es_megatron.frameworks import megatron_lm_cpu
 from es_megatron.errors import EsError
+from es_megatron.run import prepare_cpu
 from es_megatron.tools.patching import check, read_patches, upstream_version
-megatron_lm_cpu.install()
+prepare_cpu(sys.argv[1])
 patches = read_patches(sys.argv[1])
 try:
     told = [upstream_version(patches)] + [[each.patch.target, each.state, each.detail] for each in check(patches)]

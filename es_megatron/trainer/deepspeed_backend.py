@@ -172,7 +172,8 @@ class DeepSpeedBackend:
         config = self.deepspeed._config
         config.load_universal_checkpoint = True
         try:
-            return self.deepspeed.load_checkpoint(str(folder), tag=TAG)
+            with deepspeed_common.universal_mended(self.deepspeed):
+                return self.deepspeed.load_checkpoint(str(folder), tag=TAG)
         finally:
             config.load_universal_checkpoint = False
             replica.barrier()
@@ -189,6 +190,7 @@ def build_deepspeed(settings: PretrainSettings, vocab_size: int) -> Any:
     pipeline = settings.parallel.pipeline > 1
     world_size = dist.get_world_size()
     network: Any = build_pipeline(settings, vocab_size, world_size) if pipeline else build_whole(settings, vocab_size)
+    leave_out_empty_states(network)
     training = settings.training
     optimizer = torch.optim.AdamW(
         parameter_groups(network, training.weight_decay),
@@ -201,6 +203,24 @@ def build_deepspeed(settings: PretrainSettings, vocab_size: int) -> Any:
         model=network, optimizer=optimizer, config=engine_settings(settings), mpu=tensor_unit, dist_init_required=False
     )
     return engine
+
+
+def leave_out_empty_states(network: torch.nn.Module) -> None:
+    """Keep Megatron-Core's `_extra_state` entries, which are None here, out of checkpoints: the converter trips over them."""
+    suffix = "_extra_state"
+    names = [name for name in network.state_dict() if name.endswith(suffix)]
+
+    def leave_out(_: torch.nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+        for name in names:
+            if state.get(prefix + name, 0) is None:
+                del state[prefix + name]
+
+    def put_back(_: torch.nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        for name in names:
+            state.setdefault(prefix + name, None)
+
+    network.register_state_dict_post_hook(leave_out)
+    network.register_load_state_dict_pre_hook(put_back)
 
 
 def attach(settings: PretrainSettings, engine: Any, blend: LoadedBlend, train_samples: int) -> Any:

@@ -29,9 +29,7 @@ class DeepSpeedSettings:
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage", "0, 1, 2 or 3", self.zero_stage)
 
 
-def check_deepspeed(
-    settings: DeepSpeedSettings, parallel: ParallelSettings, *, bf16: bool, tied: bool, clips: bool
-) -> None:
+def check_deepspeed(settings: DeepSpeedSettings, parallel: ParallelSettings, *, bf16: bool, clips: bool) -> None:
     """Refuse what DeepSpeed does in other ways, or not at all.
 
     Raises:
@@ -59,10 +57,10 @@ def check_deepspeed(
             f"`zero_stage` must be 0 or 1 with pipeline stages, but is {stage} instead: DeepSpeed's pipeline "
             "engine keeps whole gradients. Use 1, or `pipeline: 1`."
         )
-    if parallel.pipeline > 1 and stage == 0 and tied and clips:
+    if parallel.pipeline > 1 and stage == 0 and clips:
         raise ConfigError(
-            "`zero_stage` must be 1 with pipeline stages, `tie_embeddings` and `clip_grad`: without ZeRO DeepSpeed counts "
-            "the tied gradient once for each stage that has it, and clips too much. Use 1, or untie."
+            "`zero_stage` must be 1 with pipeline stages and `clip_grad`: without ZeRO DeepSpeed's norm of the gradients "
+            "leaves out vectors of all stages but the first, and counts tied matrices twice. Use 1, or `clip_grad: 0`."
         )
     if bf16 and stage == 0:
         raise ConfigError(

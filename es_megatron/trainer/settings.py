@@ -270,6 +270,13 @@ class RunSettings:
     resume: bool = True
     """Go on from the newest complete checkpoint in `directory`, if there is one."""
 
+    on_blend_change: BlendChange = "refuse"
+    """What to do if the blend is not the one the checkpoint was made with: `refuse`, or `keep_scores`, which goes on with
+    weights, optimizer and the scores of what did not change, and begins a new order of the new blend there."""
+
+    background_save: bool = False
+    """Write scores and checksums of a checkpoint while training goes on, from a copy of the scores in memory."""
+
     tensorboard: bool = False
     """Write TensorBoard scalars."""
 
@@ -281,6 +288,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        require_choice("on_blend_change", self.on_blend_change, BlendChange)
         require(self.save_interval >= 0, "save_interval", ">= 0", self.save_interval)
         require_positive("keep_checkpoints", self.keep_checkpoints)
 
@@ -332,7 +340,7 @@ class PretrainSettings:
         if self.backend == "deepspeed":
             training = self.training
             bf16, clips = training.precision == "bf16", training.clip_grad > 0
-            check_deepspeed(self.deepspeed, parallel, bf16=bf16, tied=model.tie_embeddings, clips=clips)
+            check_deepspeed(self.deepspeed, parallel, bf16=bf16, clips=clips)
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSettings:

@@ -82,8 +82,9 @@ GPT2 = (
 
 @pytest.mark.parametrize("zero", [pytest.param(0, marks=slow), 1])
 def test_pipeline_stages_of_the_other_kind_of_gpt_equal_the_megatron_backend(zero, blend, reference, tmp_path):
-    traces = deepspeed_helper.run(2, blend, tmp_path, "backend=deepspeed", ZERO[zero], PIPELINE, *GPT2)
-    assert_equal_runs(traces, reference(*GPT2))
+    options = (*GPT2, *(["training.clip_grad=0"] if zero == 0 else []))  # refused with clipping, since it clips wrongly
+    traces = deepspeed_helper.run(2, blend, tmp_path, "backend=deepspeed", ZERO[zero], PIPELINE, *options)
+    assert_equal_runs(traces, reference(*options))
 
 
 VARIANTS = [

@@ -133,11 +133,11 @@ def test_gradients_are_exact_for_every_arm_and_scorer(changes: tuple[str, ...]) 
     check(2, (*overrides, "training.micro_batch_size=2"), RandomRows(RAGGED))
 
 
-@on_ranks(2)
-def test_inclusion_weights_multiply_the_losses_of_their_sequences() -> None:
+def weigh(ranks: int) -> tuple[list[dict[int, float]], list[bool]]:
+    """Weights of the rows this rank trained on, by iteration and id, and whether its gradients are those of a plain loop."""
     from es_megatron.frameworks import megatron_core
 
-    settings = settings_for("evolved_sampling.inclusion_weights=true")
+    settings, rows = settings_for("evolved_sampling.inclusion_weights=true"), RandomRows(RAGGED)
     initialize(settings)
     before = random_state()
     given: list[list[float] | None] = []
@@ -148,15 +148,28 @@ def test_inclusion_weights_multiply_the_losses_of_their_sequences() -> None:
         return train(self, work)
 
     megatron_core.ScheduleCall.train = noting_train
-    evolving = Loop(settings, RandomRows(RAGGED))
+    evolving = Loop(settings, rows)
     steps = [evolving.evolve() for _ in range(4)]
     restore_random_state(before)
     plain = Loop(settings, None)
+    equal, found = [], []
     for taken, weights in zip(steps, given, strict=True):
-        assert torch.equal(plain.train_on(taken.seen, weights).gradients, taken.gradients)
+        equal.append(torch.equal(plain.train_on(taken.seen, weights).gradients, taken.gradients))
+        found.append(dict(zip([rows.find(*row) for row in rows_of(taken)], weights or [], strict=weights is not None)))
     assert given[0] is None
-    assert given[-1] is not None
-    assert len(set(given[-1])) == len(given[-1]) == 2
+    assert [len(row) for row in found[2:]] == [4 // ranks] * 2
+    return found, equal
+
+
+def test_inclusion_weights_multiply_the_losses_of_their_sequences() -> None:
+    """And each is that of its sequence, whichever rank trains on it."""
+    (alone, exact), *_ = run_on_ranks(1, weigh, 1)
+    pair = run_on_ranks(2, weigh, 2)
+    assert all(exact)
+    assert all(all(equal) for _, equal in pair)
+    for expected, mine, other in zip(alone[2:], pair[0][0][2:], pair[1][0][2:], strict=True):
+        assert {**mine, **other} == pytest.approx(expected, rel=1e-4)
+        assert len(set(expected.values())) == 4
 
 
 def moe_counters(loop: Loop) -> list[torch.Tensor]:

@@ -97,8 +97,9 @@ def test_the_reference_says_something(run: Run) -> None:
     assert len(es.pruned) >= 10
     assert {component for component, _ in es.pruned} == {0, 1, 2}
     assert np.mean(es.loss[-5:]) < np.mean(es.loss[:5]) - 0.2
-    uniform = run(ONE, SHORT, "evolved_sampling.arm=uniform")[0]
-    assert es.chosen[5] != uniform.chosen[5] or es.chosen[6] != uniform.chosen[6]
+    short, uniform = run(ONE, SHORT)[0], run(ONE, SHORT, "evolved_sampling.arm=uniform")[0]
+    pairs = list(zip(short.chosen[2:20], uniform.chosen[2:20], strict=True))
+    assert sum(len(set(ids) & set(other)) for ids, other in pairs) < 0.9 * 4 * len(pairs), "losses matter"
 
 
 @pytest.mark.timeout(SECONDS + 60)

@@ -85,6 +85,7 @@ def test_same_sequences_on_every_layout(site: Site, weights: list[str], referenc
     ranks, flags = LAYOUTS[layout]
     outcome = succeeded(site.run(layout, [*LENGTH, *SCORES, *weights, *flags], ranks=ranks))
     assert outcome.chosen() == reference.chosen()
+    assert outcome.meta_losses() == pytest.approx(reference.meta_losses(), rel=2e-6)
 
 
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS)

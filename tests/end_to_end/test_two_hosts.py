@@ -182,7 +182,11 @@ def finish(nodes: list[subprocess.Popen[bytes]], folder: Path) -> None:
 def audit(folder: Path) -> list[dict[str, object]]:
     """Whole lines of the audit log so far."""
     path = folder / "audit.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if path.exists()
+        else []
+    )
 
 
 def chosen(folder: Path) -> list[object]:

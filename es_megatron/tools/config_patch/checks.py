@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from es_megatron.compatibility import CONTEXT_PARALLEL, UNSUPPORTED
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.frameworks.megatron_deepspeed import REFUSED_HERE
 from es_megatron.frameworks.megatron_lm_settings import REFUSED
 from es_megatron.tools.config_patch.existing_run import ExistingRun
 from es_megatron.tools.config_patch.findings import Finding, note, ok, refuse
@@ -88,7 +89,7 @@ def check_model(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Fin
 def check_run(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Finding]:
     """Options of the training script that the data order or the schedule cannot live with."""
     found = False
-    for name, reason in REFUSED.items():
+    for name, reason in (REFUSED_HERE if run.on("deepspeed") else REFUSED).items():
         if run.on(name) and name not in UNSUPPORTED:
             found = True
             yield refuse(flag(run, name), reason, CURES.get(name, "switch it off"))
@@ -157,6 +158,10 @@ def check_moe(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Findi
     """Mixture of experts: works, but what a score sees is worth knowing."""
     if not run.on("num_moe_experts"):
         return
+    if run.on("deepspeed") and run.options["num_moe_experts"] != ("1",):
+        why = "experts of Megatron-DeepSpeed have another capacity in evaluation than in training"
+        yield refuse(flag(run, "num_moe_experts"), why, "use Megatron-LM for mixtures of experts")
+        return
     yield note(
         flag(run, "num_moe_experts"),
         "scores see the language-model loss without the balancing losses, scoring leaves the experts' counters as "
@@ -175,8 +180,9 @@ def check_moe(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Findi
 def check_recompute(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Finding]:
     """Full recompute makes the backward pass dearer, and skipping it worth more."""
     if run.recomputed > 0:
+        names = ("recompute_granularity", "checkpoint_activations", "activations_checkpoint_method")
         yield ok(
-            flag(run, "recompute_granularity"),
+            flag(run, next(name for name in names if run.on(name))),
             f"a backward pass costs {2 + run.recomputed:g} forward passes here, which the prediction counts; scoring "
             "recomputes nothing",
         )

@@ -30,8 +30,6 @@ ALIASES = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "ds_sequence_parallel_size": "context_parallel_size",
-    "checkpoint_activations": "recompute_activations",
-    "deepspeed_activation_checkpointing": "recompute_activations",
     "sequence_length": "seq_length",
     "encoder_seq_length": "seq_length",
     "mock": "mock_data",
@@ -173,11 +171,10 @@ class ExistingRun:
     @property
     def recomputed(self) -> float:
         """Share of the layers whose forward runs again in the backward pass (full recompute), in [0, 1]."""
-        granularity, method = self.value("recompute_granularity"), self.value("recompute_method")
-        if self.kind == "script" and self.on("recompute_activations") and granularity is None:
-            return 0.0  # Megatron's short form of selective recompute, which costs little
-        if granularity != "full":
-            return 0.0
+        method = self.value("recompute_method")
+        older = self.on("checkpoint_activations") or self.on("activations_checkpoint_method")
+        if self.value("recompute_granularity") != "full" and not older:
+            return 0.0  # selective recompute costs little
         layers, each = self.number("num_layers"), self.number("recompute_num_layers")
         if method != "block" or layers is None or each is None:
             return 1.0

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from es_megatron.tools.config_patch.shell_syntax import Assignment, Command, Keyword, Node, Piece, Word, parse_value
 
-OPEN, CLOSE = "\ue000", "\ue001"
+OPEN, CLOSE, HIDDEN = "\ue000", "\ue001", 0xE100
 MARK = re.compile(f"{OPEN}([^{CLOSE}]*){CLOSE}")
 PARAMETER = re.compile(r"([#!]?)([A-Za-z_]\w*|\d+|[@*#?$!-])(?:\[([^\]]*)\])?(:?[-=?+])?(.*)", re.DOTALL)
 NUMBER = re.compile(r"\s*(\d+|[-+*/%()])")
@@ -31,18 +31,23 @@ Value = str | list[str]
 
 
 def unknown(name: str) -> str:
-    """A mark that stands for a value the text does not tell."""
-    return f"{OPEN}{name}{CLOSE}"
+    """A mark that stands for a value the text does not tell; a shell would take it for one word."""
+    word = re.sub(r"[^\w]", lambda match: chr(HIDDEN + ord(match[0]) % 256), name)
+    return f"{OPEN}{word}{CLOSE}"
+
+
+def _name(mark: str) -> str:
+    return "".join(chr(ord(each) - HIDDEN) if HIDDEN <= ord(each) < HIDDEN + 256 else each for each in mark)
 
 
 def unknowns(text: str) -> list[str]:
     """Names of the values that are missing in a text."""
-    return MARK.findall(text)
+    return [_name(mark) for mark in MARK.findall(text)]
 
 
 def shown(text: str) -> str:
     """A text for people: marks as `$NAME`."""
-    return MARK.sub(lambda match: f"${match[1]}", text)
+    return MARK.sub(lambda match: f"${_name(match[1])}", text)
 
 
 @dataclass

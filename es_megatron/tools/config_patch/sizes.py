@@ -142,10 +142,9 @@ def _batch(run: ExistingRun, sizes: Sizes) -> Iterator[Finding]:
         )
         return
     chunks = f", {sizes.virtual} model chunks per stage" if sizes.virtual > 1 else ""
-    yield ok(
-        "batch",
-        f"B = {sizes.meta_batch} = {count} micro-batches of {sizes.micro_batch} on DP {sizes.data_parallel}{chunks}",
-    )
+    many = "1 micro-batch" if count == 1 else f"{count} micro-batches"
+    cut = f"{many} of {sizes.micro_batch} on DP {sizes.data_parallel}{chunks}"
+    yield ok("batch", f"B = {sizes.meta_batch} = {cut}")
 
 
 def propose(

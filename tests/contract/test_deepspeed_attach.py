@@ -1,0 +1,265 @@
+"""`attach` on a `DeepSpeedEngine` of one's own: a model that is not Megatron's, settings from the JSON, checkpoints."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: install es_megatron[deepspeed]")
+
+from es_megatron.frameworks import deepspeed_common
+
+deepspeed_common.prepare()
+
+import deepspeed
+
+from es_megatron.checkpoint import disk
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.data.manifest import Component, Manifest
+from es_megatron.errors import CheckpointError, ConfigError
+from es_megatron.frameworks.deepspeed_common import mean_loss
+from es_megatron.frameworks.deepspeed_engine import attach, logits_token_losses
+from tests.ranks_helper import run_on_ranks
+
+VOCABULARY, T, B, MICRO = 23, 8, 16, 2
+MANIFEST = Manifest((Component("a", "", 40, 40.0, "x"), Component("b", "", 12, 12.0, "y")), T)
+SAMPLES = 12 * B
+EVOLVED = {"keep_ratio": 0.5, "pruning_ratio": 0.25, "mask_lag": 2, "anneal": 0.1, "seed": 3}
+
+
+class Rows:
+    """Random tokens and masks, a pure function of the id."""
+
+    def __getitem__(self, sample_id):
+        random = np.random.default_rng(sample_id)
+        tokens = torch.from_numpy(random.integers(0, VOCABULARY, T + 1))
+        mask = torch.from_numpy((random.random(T) < 0.7).astype(np.float32))
+        mask[0] = 1.0
+        return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": mask, "position_ids": torch.arange(T)}
+
+
+def model_of():
+    torch.manual_seed(5)
+    return torch.nn.Sequential(
+        torch.nn.Embedding(VOCABULARY, 16),
+        torch.nn.Linear(16, 32),
+        torch.nn.Tanh(),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(32, VOCABULARY),
+    )
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def json_of(stage=1, evolved=EVOLVED, **more):
+    return {
+        "train_batch_size": B,
+        "train_micro_batch_size_per_gpu": MICRO,
+        "zero_optimization": {"stage": stage},
+        "steps_per_print": 1 << 40,
+        **({} if evolved is None else {"evolved_sampling": evolved}),
+        **more,
+    }
+
+
+def engine_of(settings):
+    """A DeepSpeed engine in this rank's process group, as a user's script makes it."""
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    model = model_of()
+    return deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=settings, dist_init_required=False)[0]
+
+
+def attached(settings, **options):
+    return attach(
+        engine_of(settings), MANIFEST, Rows(), train_samples=SAMPLES, token_losses=logits_token_losses, **options
+    )
+
+
+def weights_of(engine):
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        return torch.cat([parameter.detach().float().flatten() for parameter in parameters]).clone()
+
+
+def watch(sampling):
+    """Note the micro-batches that are trained on, by iteration."""
+    seen, train, micro_batches = [], sampling.train, sampling._micro_batches
+
+    def watched(work):
+        seen.append([])
+
+        def noting(positions, size):
+            seen[-1].extend(micro_batches(positions, size))
+            return micro_batches(positions, size)
+
+        sampling._micro_batches = noting
+        try:
+            return train(work)
+        finally:
+            sampling._micro_batches = micro_batches
+
+    sampling.train = watched
+    return seen
+
+
+def train_plainly(iterations, *, per_token):
+    """The same optimizer steps with torch alone, each rank on its own micro-batches."""
+    model = model_of()
+    optimizer = optimizer_of(model)
+    torch.manual_seed(100 + dist.get_rank())
+    model.train()
+    for batches in iterations:
+        tokens = torch.tensor(float(sum(batch["loss_mask"].sum() for batch in batches)))
+        dist.all_reduce(tokens)
+        optimizer.zero_grad()
+        for batch in batches:
+            losses = logits_token_losses(model, batch)
+            if per_token:
+                (losses * batch["loss_mask"]).sum().mul(dist.get_world_size() / tokens).backward()
+            else:
+                (mean_loss(losses, batch["loss_mask"]) / len(batches)).backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "more", "per_token"),
+    [
+        (1, 0, {}, False),
+        (2, 0, {}, True),
+        (2, 1, {}, False),
+        (2, 2, {"managed_gradient_accumulation": False}, False),
+        pytest.param(2, 2, {}, True, marks=pytest.mark.slow),
+        pytest.param(2, 3, {}, False, marks=pytest.mark.slow),
+    ],
+)
+def test_it_trains_as_torch_does_on_the_chosen_rows_and_steps_once_a_meta_batch(ranks, stage, more, per_token):
+    def body():
+        sampling = attached(json_of(stage, **more), per_token=per_token)
+        seen = watch(sampling)
+        torch.manual_seed(100 + dist.get_rank())  # for dropout: scoring must not draw
+        while not sampling.engine.done:
+            sampling.train_batch()
+        engine = sampling.deepspeed
+        assert engine.global_steps == sampling.engine.iteration == len(seen)
+        assert engine.train_batch_size() == B
+        assert {len(batches) for batches in seen} == {B // MICRO // ranks, B // MICRO // ranks // 2}
+        difference = (weights_of(engine) - train_plainly(seen, per_token=per_token)).abs().max()
+        assert float(difference) < 2e-6
+        return True
+
+    assert all(run_on_ranks(ranks, body, timeout=100))
+
+
+def test_bf16_with_zero_trains(tmp_path):
+    def body():
+        sampling = attached(json_of(2, bf16={"enabled": True}))
+        losses = [sampling.train_batch() for _ in range(4)]
+        return all(np.isfinite(losses))
+
+    assert run_on_ranks(2, body, timeout=100) == [True, True]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_checkpoint_carries_the_es_state_before_latest_names_it(stage, tmp_path, monkeypatch):
+    order = []
+    replace = disk.replace_file
+
+    def watched(path, content):
+        order.append((path.name, (tmp_path / content.decode() / "es_state" / "manifest.json").exists()))
+        replace(path, content)
+
+    monkeypatch.setattr(disk, "replace_file", watched)
+
+    def train():
+        sampling = attached(json_of(stage))
+        for _ in range(6):
+            sampling.train_batch()
+        sampling.deepspeed.save_checkpoint(str(tmp_path), client_state={"mine": 1})
+        random = torch.get_rng_state()
+        chosen = []
+        while not sampling.engine.done:
+            sampling.train_batch()
+            chosen.append(sampling.engine.last.chosen.tolist())
+        return list(order), random, chosen, weights_of(sampling.deepspeed)
+
+    def go_on(states):
+        sampling = attached(json_of(stage))
+        path, state = sampling.deepspeed.load_checkpoint(str(tmp_path))
+        assert state["mine"] == 1
+        assert sampling.engine.iteration == 6
+        torch.set_rng_state(states[dist.get_rank()])
+        chosen = []
+        while not sampling.engine.done:
+            sampling.train_batch()
+            chosen.append(sampling.engine.last.chosen.tolist())
+        return path, chosen, weights_of(sampling.deepspeed)
+
+    first = run_on_ranks(2, train, timeout=100)
+    assert first[0][0] == [("latest", True)]
+    assert (tmp_path / "latest").read_text() == "global_step6"
+    again = run_on_ranks(2, go_on, [each[1] for each in first], timeout=100)
+    for (_, _, chosen, weights), (path, chosen_again, weights_again) in zip(first, again, strict=True):
+        assert "global_step6" in path
+        assert chosen_again == chosen
+        assert torch.equal(weights, weights_again)
+
+
+def test_a_checkpoint_without_es_state_is_refused_unless_asked_for(tmp_path):
+    def body():
+        sampling = attached(json_of(1))
+        sampling.detach()
+        sampling.deepspeed.save_checkpoint(str(tmp_path), tag="plain")
+        assert not (tmp_path / "plain" / "es_state").exists()
+        sampling = attached(json_of(1))
+        with pytest.raises(CheckpointError, match="holds no `es_state`.*es_state=False"):
+            sampling.deepspeed.load_checkpoint(str(tmp_path))
+        assert sampling.deepspeed.load_checkpoint(str(tmp_path), es_state=False)[0] is not None
+        return sampling.engine.iteration
+
+    assert run_on_ranks(2, body, timeout=100) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (json_of(evolved=None), r'must have a block `"evolved_sampling"'),
+        (json_of(evolved={"keep_ration": 0.5}), "Unknown key `keep_ration`.*Did you mean `keep_ratio`"),
+        (json_of(evolved={"keep_ratio": 2.0}), r"`keep_ratio` must be in \(0, 1\]"),
+        (json_of(evolved={"keep_ratio": 0.2}), "`keep_ratio` times the meta-batch must be a multiple of 2"),
+        (json_of(evolved={**EVOLVED, "scoring_micro_batch_size": 5}), r"must divide a rank's 16.*\[1, 2, 4, 8, 16\]"),
+        (json_of(0, bf16={"enabled": True}), r"must be 1 or more with bf16 and Adam"),
+        (
+            json_of(progressive_layer_drop={"enabled": True, "theta": 0.5, "gamma": 0.001}),
+            "`progressive_layer_drop` must be off",
+        ),
+    ],
+    ids=["no-block", "unknown-key", "range", "indivisible", "scoring-size", "bf16-zero0", "layer-drop"],
+)
+def test_what_cannot_work_is_refused_before_the_first_iteration(settings, message):
+    def body():
+        with pytest.raises(ConfigError, match=message):
+            attached(settings)
+        return True
+
+    assert run_on_ranks(1, body, timeout=100) == [True]
+
+
+def test_settings_may_be_a_json_file_or_passed(tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(json_of(1)))
+
+    def body():
+        from_file = attached(str(path)).engine.config
+        given = attached(json_of(1, evolved=None), config=EvolvedSamplingConfig(**EVOLVED)).engine.config
+        return from_file == given
+
+    assert run_on_ranks(1, body, timeout=100) == [True]

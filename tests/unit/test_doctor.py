@@ -1,0 +1,227 @@
+"""The doctor: each line is OK or names the cure, and the exit code tells."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from es_megatron.checkpoint.es_state import ScoreRange, save_es_state
+from es_megatron.parallel import Replica
+from es_megatron.tools import doctor
+from es_megatron.tools.patching import read_patches
+
+ROWS, LENGTH = 8, 16
+
+
+def write_blend(folder: Path, token: int = 1) -> Path:
+    """A blend of one component of `ROWS` rows, as `prepare` and Megatron write it."""
+    tokens = ROWS * LENGTH + 1
+    (folder / "text.bin").write_bytes(np.full(tokens, token, np.int32).tobytes())
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 4, 1, 2)
+    (folder / "text.idx").write_bytes(head + struct.pack("<iqqq", tokens, 0, 0, 1))
+    path = folder / "blend.yaml"
+    path.write_text("vocab_size: 100\ncomponents:\n  - {name: text, train: text}\n")
+    return path
+
+
+def states(findings) -> dict[str, str]:
+    return {finding.what: finding.state for finding in findings}
+
+
+def asked(**given) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    return argparse.Namespace(**{**vars(parser.parse_args([])), **given})
+
+
+def test_this_machine_passes_and_tells_what_was_not_checked(monkeypatch, capsys):
+    for name in ("MASTER_ADDR", "NNODES", "SLURM_NNODES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert doctor.run(asked()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "nothing to cure"
+    assert "OK    gloo: a group of one adds up" in lines
+    assert "NOTE  data: not checked. Cure: give `--blend FILE`" in lines
+    assert any(line.startswith("OK    megatron-core: ") for line in lines)
+
+
+def test_anything_to_cure_gives_exit_code_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "try_gloo", lambda: doctor.Finding("OK", "gloo", ""))
+    assert doctor.run(asked(blend=tmp_path / "none.yaml")) == 1
+    assert "1 thing to cure" in capsys.readouterr().out
+
+
+def test_versions_are_held_against_the_metadata():
+    installed = {requirement.name: "99.0" for requirement in doctor.requirements()}
+    installed |= {"torch": "2.5.1", "megatron-core": "0.16.1", "safetensors": None, "deepspeed": None}
+    found = {finding.what: finding for finding in doctor.check_versions(installed.get)}
+    assert found["torch"].state == "FAIL"
+    assert found["torch"].cure == "`pip install 'torch>=2.6'`"
+    assert found["safetensors"].state == "FAIL"
+    assert found["deepspeed"].state == "NOTE"
+    assert found["megatron-core"].line() == "OK    megatron-core: 0.16.1"
+    assert "pytest" not in found
+
+
+def test_version_beside_the_tested_one_is_remarked():
+    assert doctor.tested("torch", "2.13.0+cpu") == ""
+    assert doctor.tested("torch", "2.9.1") == " (supported; the tests run with 2.13.0)"
+    assert doctor.tested("tqdm", "1") == ""
+
+
+def test_data_opens_or_the_cure_is_named(tmp_path):
+    blend, findings = doctor.check_data(write_blend(tmp_path), LENGTH)
+    assert blend is not None
+    (finding,) = findings
+    assert finding.state == "OK"
+    assert finding.told.startswith(f"{ROWS} samples of {LENGTH} tokens, fingerprint ")
+    (tmp_path / "text.bin").write_bytes(b"123")
+    blend, (finding,) = doctor.check_data(tmp_path / "blend.yaml", LENGTH)
+    assert blend is None
+    assert finding.state == "FAIL"
+    assert finding.cure
+
+
+def save_scores(folder: Path, manifest) -> None:
+    scores = ScoreRange(ROWS, 0, np.zeros(ROWS, np.float32), np.zeros(ROWS, np.uint8))
+    (folder / "iter_0000010").mkdir(parents=True)
+    save_es_state(folder / "iter_0000010" / "es_state", scores, {}, {}, manifest.to_json(), Replica.alone())
+
+
+def test_scores_of_other_data_and_damaged_ones_are_found(tmp_path):
+    (tmp_path / "data").mkdir()
+    blend, _ = doctor.check_data(write_blend(tmp_path / "data"), LENGTH)
+    assert blend is not None
+    folder = tmp_path / "checkpoints"
+    assert states(doctor.check_checkpoint(folder, blend)) == {"checkpoint": "OK"}
+    assert not folder.exists()
+    save_scores(folder, blend.manifest)
+    assert states(doctor.check_checkpoint(folder, blend)) == {"checkpoint": "OK", "scores iter_0000010": "OK"}
+    other, _ = doctor.check_data(write_blend(tmp_path / "data", token=2), LENGTH)
+    *_, finding = doctor.check_checkpoint(folder, other)
+    assert finding.state == "FAIL"
+    assert "`fingerprint` was" in finding.told
+    manifest = folder / "iter_0000010" / "es_state" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    *_, finding = doctor.check_checkpoint(folder, blend)
+    assert finding.state == "FAIL"
+
+
+def test_folder_that_cannot_be_written_or_is_full(tmp_path, monkeypatch):
+    (finding,) = doctor.check_checkpoint(Path("/proc/no/such"), None)
+    assert (finding.state, finding.what) == ("FAIL", "checkpoint")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=1 << 20))
+    (finding,) = doctor.check_checkpoint(tmp_path, None)
+    assert finding.state == "FAIL"
+    assert "0.0 GB free" in finding.told
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes"),
+    [({}, 1), ({"NNODES": "4"}, 4), ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 2), ({"SLURM_NNODES": "3"}, 3)],
+)
+def test_number_of_nodes(environment, nodes):
+    assert doctor.nodes_told(environment) == nodes
+
+
+@pytest.mark.parametrize(
+    ("address", "several", "state"),
+    [
+        (None, False, "OK"),
+        (None, True, "FAIL"),
+        ("localhost", False, "OK"),
+        ("localhost", True, "FAIL"),
+        ("10.1.2.3", True, "OK"),
+        ("no.such.host.invalid", False, "FAIL"),
+    ],
+)
+def test_master_address(address, several, state):
+    finding = doctor.judge_address(address, several)
+    assert finding.state == state
+    assert bool(finding.cure) == (state == "FAIL")
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "several", "state"),
+    [
+        ("GLOO_SOCKET_IFNAME", None, False, "OK"),
+        ("GLOO_SOCKET_IFNAME", None, True, "FAIL"),
+        ("NCCL_SOCKET_IFNAME", None, True, "NOTE"),
+        ("GLOO_SOCKET_IFNAME", "eth0", True, "OK"),
+        ("GLOO_SOCKET_IFNAME", "eth", True, "FAIL"),
+        ("GLOO_SOCKET_IFNAME", "eth0,ib0", True, "FAIL"),
+        ("NCCL_SOCKET_IFNAME", "eth", True, "OK"),
+        ("NCCL_SOCKET_IFNAME", "=eth", True, "FAIL"),
+        ("NCCL_SOCKET_IFNAME", "^docker", True, "OK"),
+    ],
+)
+def test_interfaces(variable, given, several, state):
+    assert doctor.judge_interface(variable, given, ["lo", "eth0"], several).state == state
+
+
+def test_gloo_that_fails_or_hangs_is_told(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    finding = doctor.try_gloo()
+    assert finding.state == "FAIL"
+    assert "nosuch0" in finding.told
+    monkeypatch.setattr(doctor, "GLOO_TEST", "import time; time.sleep(60)")
+    assert "did not answer within 0.5 s" in doctor.try_gloo(0.5).told
+
+
+def test_patch_targets_are_judged_by_what_the_checkout_says(tmp_path, monkeypatch):
+    folder = tmp_path / "checkout"
+    assert states(doctor.check_patches({"megatron-lm": folder}))["patches megatron-lm"] == "FAIL"
+    (folder / "megatron").mkdir(parents=True)
+    assert states(doctor.check_patches({}))["patches megatron-lm"] == "NOTE"
+    patches = read_patches("megatron-lm")
+    target = patches.patches[0].target
+    told = {
+        "OK": ["0.16.1", [target, "ready", ""], [target, "applied", ""]],
+        "missing: no such name": ["0.16.1", [target, "ready", ""], [target, "missing", "no such name"]],
+        "nearest supported version is 0.16": ["0.17.0", [target, "refused", "nearest supported version is 0.16"]],
+        "cannot be imported": ["it cannot be imported: boom"],
+    }
+    for expected, each in told.items():
+        monkeypatch.setattr(doctor, "look_for_targets", lambda *_, each=each: each)
+        (finding,) = [f for f in doctor.check_patches({"megatron-lm": folder}) if f.what == "patches megatron-lm"]
+        assert finding.state == ("OK" if expected == "OK" else "FAIL")
+        assert expected == "OK" or expected in finding.told
+
+
+@pytest.mark.slow
+def test_a_checkout_that_lacks_the_targets_is_found_out(tmp_path):
+    package = tmp_path / "megatron"
+    (package / "core").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "core" / "__init__.py").write_text("")
+    (package / "core" / "package_info.py").write_text('__version__ = "0.16.1"\n')
+    told = doctor.look_for_targets("megatron-lm", tmp_path)
+    finding = doctor.judge_patches("patches", read_patches("megatron-lm"), told)
+    assert finding.state == "FAIL"
+    assert "missing" in finding.told
+    (package / "core" / "package_info.py").write_text("raise RuntimeError('no GPU driver')\n")
+    assert "no GPU driver" in str(doctor.look_for_targets("megatron-lm", tmp_path))
+
+
+@pytest.mark.slow
+def test_the_real_checkout_has_all_targets():
+    checkout = os.environ.get("MEGATRON_LM")
+    if not checkout:
+        pytest.skip("set MEGATRON_LM=CHECKOUT to look for the patch targets in it")
+    told = doctor.look_for_targets("megatron-lm", Path(checkout))
+    assert doctor.judge_patches("patches", read_patches("megatron-lm"), told).state == "OK"
+
+
+def test_imports_that_take_too_long_are_told(tmp_path, monkeypatch):
+    def slow(*_, **__):
+        raise subprocess.TimeoutExpired("python", 1)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    assert "took over" in doctor.look_for_targets("megatron-lm", tmp_path)[0]
