@@ -1,6 +1,6 @@
 """What a step costs: plain, ES and ESWP side by side in one run, against the limit that this model's passes set.
 
-    python -m benchmarks.step [--json] [--micro-batches 16] [--pipeline 1 2]
+    python -m benchmarks.step [--json] [--micro-batches 16] [--pipeline 1 2] [--backend deepspeed]
 
 The three arms train the same model in turn, one iteration each, so that whatever else the machine does falls on all of
 them. Each arm runs its whole planned length. Forward and backward alone are timed in between, for the calibrated limit.
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, nargs="+", default=[1, 2], help="pipeline sizes to measure")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument("--backend", choices=("megatron", "deepspeed"), default="megatron")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -91,7 +92,7 @@ def launch(arguments: argparse.Namespace, pipeline: int) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(pipeline)]
         command += ["-m", "benchmarks.step", "--worker", str(result), "--pipeline", str(pipeline)]
-        for name in ("micro_batches", "iterations", "hidden_size", "seq_length"):
+        for name in ("micro_batches", "iterations", "hidden_size", "seq_length", "backend"):
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -104,10 +105,13 @@ def launch(arguments: argparse.Namespace, pipeline: int) -> dict[str, Any]:
 def work(arguments: argparse.Namespace) -> None:
     """One rank: run the arms in turn and, on rank 0, write what was measured."""
     cpu.install()
-    from benchmarks.step_megatron import MegatronBench
+    if arguments.backend == "deepspeed":
+        from benchmarks.step_deepspeed import DeepSpeedBench as Bench
+    else:
+        from benchmarks.step_megatron import MegatronBench as Bench
 
     blend = manifest(arguments)
-    bench = MegatronBench(arguments, ARMS, blend, RandomRows(arguments.seq_length, blend.total))
+    bench: Any = Bench(arguments, ARMS, blend, RandomRows(arguments.seq_length, blend.total))
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     layouts = [bench.calibrate()]
     for name in ARMS:

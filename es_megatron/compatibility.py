@@ -18,3 +18,17 @@ UNSUPPORTED = {
 
 CONTEXT_PARALLEL = "losses of one sequence would be spread over ranks"
 """Why the context-parallel size must be 1."""
+
+REFUSED_BY_MEGATRON_DEEPSPEED = {
+    "curriculum_learning_legacy": "it shortens sequences behind the sampler's back",
+    "data_efficiency_curriculum_learning": "it shortens sequences behind the sampler's back",
+    "random_ltd": "it drops tokens in training that the score would see",
+    "kd": "distillation has not been tried",
+    "mos": "distillation has not been tried",
+    "compression_training": "compression has not been tried",
+    "train_tokens": "the run's length is planned in iterations",
+    "train_data_exact_num_epochs": "the epochs are planned",
+    "return_data_index": "a sample has tokens alone",
+    "use_dataset_only": "a sample has tokens alone",
+}
+"""Arguments of Megatron-DeepSpeed that must be off, beside those of Megatron-LM -> why."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -18,12 +18,12 @@ import numpy.typing as npt
 from es_megatron.algorithm.evolution import raise_to_floor
 from es_megatron.algorithm.randomness import Purpose, uniforms
 from es_megatron.algorithm.selection import Race, assign, inclusion_weights, owners, positions_of, race, race_groups
-from es_megatron.checkpoint.warm_start import begin_with_scores
+from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
-from es_megatron.data.schedule import DueEpoch, Origin
+from es_megatron.data.schedule import DueEpoch
 from es_megatron.errors import CheckpointError, LossError
 from es_megatron.parallel import Replica
 from es_megatron.plan import Plan, plan_run
@@ -117,7 +117,7 @@ class EvolvedSampling:
         micro_batch: int,
         train_samples: int,
         micro_batch_multiple: int = 1,
-        begin: Callable[[ScoreStore], Origin] = begin_with_scores,
+        begin: Begin = begin_with_scores,
     ) -> None:
         """Plan the run and start at its first iteration; collective.
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests import small_run  # noqa: I001 - puts the CPU layer in place before megatron is imported
+import pytest
+
 from es_megatron.frameworks import deepspeed_common
-
-deepspeed_common.prepare()
-
-import deepspeed  # noqa: F401 - the trainer imports it late; forks shall share it
-
-import es_megatron.trainer.deepspeed_backend
-import es_megatron.trainer.deepspeed_model  # noqa: F401
 from es_megatron.trainer.loop import Trainer
 from es_megatron.trainer.settings import PretrainSettings
+from tests import small_run  # puts the CPU layer in place and imports megatron
 from tests.ranks_helper import run_on_ranks
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: install es_megatron[deepspeed]")
+deepspeed_common.prepare()
+for _module in ("deepspeed_backend", "deepspeed_model"):
+    importlib.import_module(f"es_megatron.trainer.{_module}")  # the trainer does so late; forks shall share them
 
 
 @dataclass

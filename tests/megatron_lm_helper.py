@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 SCORES = ["--es-pruning-ratio", "0.25", "--es-keep-ratio", "0.25", "--es-mask-lag", "2"]
 """ESWP with b = 4 of B = 16; epochs of 161 and 90 rows are pruned several times in 70 iterations."""
@@ -61,7 +64,7 @@ class Outcome:
 
     def values(self, name: str) -> dict[int, str]:
         """What Megatron's log line says under a name, as text, by iteration."""
-        pattern = re.compile(rf"\] iteration +(\d+)/.*\| {re.escape(name)}: +([^|]*?) +\|")
+        pattern = re.compile(rf"^(?: \[[^]]*\])? iteration +(\d+)/.*\| {re.escape(name)}: +([^|]*?) +\|")
         return {int(found[1]): found[2] for line in self.text.splitlines() if (found := pattern.search(line))}
 
     def meta_losses(self) -> list[float]:
@@ -169,11 +172,14 @@ def write_component(prefix: Path, documents: int, seed: int) -> None:
     prefix.with_suffix(".idx").write_bytes(head + lengths.tobytes() + starts.tobytes() + bounds.tobytes())
 
 
-def digest_tensors(folder: Path) -> str:
-    """Checksum of every tensor file of a distributed checkpoint."""
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("*.distcp"))
-    assert files, f"no tensor files in {folder}"
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
+def digest_tensors(folder: Path) -> dict[str, str]:
+    """Checksum of every tensor of a distributed checkpoint by name; what else is in it names its own folder."""
+    reader = FileSystemReader(folder)
+    kinds = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        name: torch.empty(kind.size, dtype=kind.properties.dtype)
+        for name, kind in kinds.items()
+        if isinstance(kind, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in state.items()}

@@ -31,7 +31,8 @@ def check_manifest(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     raise CheckpointError(
         f"The checkpoint belongs to other data than this run reads: {'; '.join(differences[:_SHOWN])}{more}. "
-        "Go on with the blend file and data the checkpoint was made with, or start a new run in another folder."
+        "Go on with the blend file and data the checkpoint was made with, start a new run in another folder, or have "
+        "`es-megatron pretrain` go on with the scores of what did not change (`run.on_blend_change=keep_scores`)."
     )
 
 

@@ -122,34 +122,68 @@ def save_es_state(
     Raises:
         CheckpointError: on every rank, if any failed; an older folder is untouched and temporary files are removed.
     """
-    started = time.perf_counter()
-    final = Path(directory)
-    partial = disk.sibling(final, disk.PARTIAL)
+    writer = EsStateWriter(directory, scores, masks, state, manifest, replica)
+    writer.prepare()
+    with agreed(replica, f"save {writer.final}", writer.undo):
+        writer.write()
+    return writer.finish()
 
-    def undo() -> None:
-        disk.remove_tree(partial)
 
-    with agreed(replica, f"prepare {partial}", undo):
-        check_range(scores, replica)
-        if replica.world_rank == 0:
-            disk.restore(final)
-            disk.remove_tree(partial)
-            disk.make_folder(partial)
-    records: list[FileRecord] = []
-    with agreed(replica, f"save {final}", undo):
-        records += _write_scores(partial, scores, replica)
-        if replica.world_rank == 0:
-            records += _write_shared(partial, masks, state)
-    everything: list[FileRecord] = [record for part in replica.gather_objects(records) for record in part]
-    total = 0
-    with agreed(replica, f"finish {final}", undo):
-        total = sum(record.bytes for record in everything)
-        if replica.world_rank == 0:
-            document = _describe(scores.n, everything, manifest, replica)
-            disk.write_file(partial / MANIFEST, [sealed.seal(document)])
-            disk.sync_folder(partial)
-            disk.move_into_place(partial, final)
-    return SaveReport(total, time.perf_counter() - started)
+class EsStateWriter:
+    """`save_es_state` in steps, for those who write while something else goes on: prepare, write, finish.
+
+    `prepare` and `finish` are collective. `write` is not, and may run in a thread of its own: what it is given must not
+    change meanwhile.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        scores: ScoreRange,
+        masks: Mapping[MaskKey, Buffer],
+        state: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        replica: Replica,
+    ) -> None:
+        """Take what is to be written; arguments as for `save_es_state`."""
+        self.final = Path(directory)
+        self._partial = disk.sibling(self.final, disk.PARTIAL)
+        self._scores, self._masks, self._state = scores, masks, state
+        self._manifest, self._replica = manifest, replica
+        self._records: list[FileRecord] = []
+        self._started = time.perf_counter()
+
+    def undo(self) -> None:
+        """Remove what has been written."""
+        disk.remove_tree(self._partial)
+
+    def prepare(self) -> None:
+        """Make the folder to write to."""
+        with agreed(self._replica, f"prepare {self._partial}", self.undo):
+            check_range(self._scores, self._replica)
+            if self._replica.world_rank == 0:
+                disk.restore(self.final)
+                disk.remove_tree(self._partial)
+                disk.make_folder(self._partial)
+
+    def write(self) -> None:
+        """Write this rank's files."""
+        self._records = _write_scores(self._partial, self._scores, self._replica)
+        if self._replica.world_rank == 0:
+            self._records += _write_shared(self._partial, self._masks, self._state)
+
+    def finish(self) -> SaveReport:
+        """Write the manifest and give the folder its name, once every rank has written."""
+        everything = [record for part in self._replica.gather_objects(self._records) for record in part]
+        total = 0
+        with agreed(self._replica, f"finish {self.final}", self.undo):
+            total = sum(record.bytes for record in everything)
+            if self._replica.world_rank == 0:
+                document = _describe(self._scores.n, everything, self._manifest, self._replica)
+                disk.write_file(self._partial / MANIFEST, [sealed.seal(document)])
+                disk.sync_folder(self._partial)
+                disk.move_into_place(self._partial, self.final)
+        return SaveReport(total, time.perf_counter() - self._started)
 
 
 def load_es_state(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
 
+Checksums = dict[str, list[int | str]]
+"""Bytes and CRC32 of files by their path."""
+
 _NAME = re.compile(r"iter_(\d{7,})")
 _LEFTOVERS = (disk.PARTIAL, disk.REPLACED, disk.REMOVED)
 _log = logging.getLogger(__name__)
@@ -81,10 +84,13 @@ class CheckpointDirectory:
 
     def abort(self, iteration: int) -> None:
         """Drop what has been written since `begin`."""
-        partial = disk.sibling(self.path(iteration), disk.PARTIAL)
-        with agreed(self._replica, f"remove {partial}"):
+        with agreed(self._replica, f"remove the beginning of {self.path(iteration)}"):
             if self._replica.world_rank == 0:
-                disk.remove_tree(partial)
+                self.drop(iteration)
+
+    def drop(self, iteration: int) -> None:
+        """The same on one rank alone, when no other is writing any more."""
+        disk.remove_tree(disk.sibling(self.path(iteration), disk.PARTIAL))
 
     def commit(self, iteration: int) -> Path:
         """Make what has been written since `begin` the newest checkpoint.
@@ -95,17 +101,30 @@ class CheckpointDirectory:
         Raises:
             CheckpointError: on every rank, if it failed on any; older checkpoints are untouched.
         """
+        partial = disk.sibling(self.path(iteration), disk.PARTIAL)
+        self._replica.barrier()
+        parts: Checksums = {}
+        with agreed(self._replica, f"checksum {partial}", lambda: disk.remove_tree(partial)):
+            parts = self.checksum(iteration)
+        return self.finish(iteration, parts)
+
+    def checksum(self, iteration: int) -> Checksums:
+        """Flush and checksum this rank's share of what has been written since `begin`, when all ranks have written.
+
+        Not collective: it may run in a thread of its own.
+        """
+        partial = disk.sibling(self.path(iteration), disk.PARTIAL)
+        mine = _share(disk.list_files(partial), self._replica)
+        return {name: _record(partial / name) for name in mine}
+
+    def finish(self, iteration: int, parts: Checksums) -> Path:
+        """The last step of `commit`, with every rank's `checksum`."""
         final = self.path(iteration)
         partial = disk.sibling(final, disk.PARTIAL)
 
         def undo() -> None:
             disk.remove_tree(partial)
 
-        self._replica.barrier()
-        parts: dict[str, list[int | str]] = {}
-        with agreed(self._replica, f"checksum {partial}", undo):
-            mine = _share(disk.list_files(partial), self._replica)
-            parts = {name: _record(partial / name) for name in mine}
         gathered = self._replica.gather_objects(parts)
         with agreed(self._replica, f"finish {final}", undo):
             if self._replica.world_rank == 0:

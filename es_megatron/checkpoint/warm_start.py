@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from es_megatron.parallel import Replica
 from es_megatron.scores.store import ScoreStore, allocate
 
 LOGGER = logging.getLogger(__name__)
+
+Begin = Callable[[ScoreStore], Origin]
+"""Says where the data order of a run begins, and loads the scores it begins with into the store, if any; collective."""
 
 
 def begin_with_scores(store: ScoreStore) -> Origin:
@@ -75,6 +79,10 @@ class Resumption:
     """Its `es_state` folder."""
     origin: Origin
     """Where its data order begins; where the blend has changed, without the components that have scores."""
+    saved: Manifest
+    """The blend that saved."""
+    state: dict[str, Any]
+    """What the run saved beside scores and masks."""
     transfer: Transfer | None
     """What a changed blend keeps; None if it has not changed."""
 
@@ -109,15 +117,17 @@ def read_resumption(
     found: list[Resumption] = []
     with agreed(replica, f"read {folder}"):
         document = read_manifest(folder)
-        state = read_state(folder, document)["engine"]
+        state = read_state(folder, document)
+        engine = state["engine"]
         saved = Manifest.from_json(document["data_manifest"])
         if not list_differences(saved.to_json(), manifest.to_json()):
-            found.append(Resumption(folder, Origin.from_json(state["origin"]), None))
+            found.append(Resumption(folder, Origin.from_json(engine["origin"]), saved, state, None))
         else:
             if not keep_scores:
                 check_manifest(saved.to_json(), manifest.to_json())
             transfer = plan_transfer(saved, manifest, appended)
-            found.append(Resumption(folder, Origin(int(state["iteration"]), int(state["stood_for"])), transfer))
+            origin = Origin(int(engine["iteration"]), int(engine["stood_for"]))
+            found.append(Resumption(folder, origin, saved, state, transfer))
     return found[0]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
+from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig, build
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
@@ -103,8 +104,8 @@ def check_engine(engine: Any, config: EvolvedSamplingConfig) -> None:
     """
     if engine.bfloat16_enabled() and engine.zero_optimization_stage() == 0 and "adam" in optimizer_name(engine).lower():
         raise ConfigError(
-            "`zero_optimization.stage` must be 1 or more with bf16 and Adam: DeepSpeed's bf16 optimizer without ZeRO takes a "
-            "step of its own at the start, which shifts Adam's bias correction. Use stage 1."
+            "`zero_optimization.stage` must be 1 or more with bf16 and Adam: DeepSpeed's bf16 optimizer without ZeRO "
+            "takes a step of its own at the start, which shifts Adam's bias correction. Use stage 1."
         )
     if config.arm == "plain":
         return
@@ -158,11 +159,11 @@ def discard_gradients(engine: Any) -> None:
 
 
 @contextmanager
-def universal_mended(engine: Any) -> Iterator[None]:
+def universal_mended(engine: Any) -> Generator[None]:
     """Load a universal checkpoint in the body of a `with` so that stage 3 gets it right.
 
-    DeepSpeed gives every parameter group the first one's settings there (so that norms would decay), and all of them one
-    and the same step count (so that it would grow by as many at each step).
+    DeepSpeed gives every parameter group the first one's settings there (so that norms would decay), and all of them
+    one and the same step count (so that it would grow by as many at each step).
     """
     optimizer = getattr(engine.optimizer, "optimizer", None)
     if engine.zero_optimization_stage() < 3 or optimizer is None:
@@ -178,7 +179,7 @@ def universal_mended(engine: Any) -> Iterator[None]:
 
 
 class DeepSpeedSampling(ABC):
-    """Evolved Sampling attached to a DeepSpeed engine; the subclasses do the passes (`es_megatron.engine.Framework`)."""
+    """Evolved Sampling attached to a DeepSpeed engine; subclasses do the passes (`es_megatron.engine.Framework`)."""
 
     def __init__(self, engine: EvolvedSampling, feed: MetaBatchFeed | None, deepspeed: Any, loss_source: int) -> None:
         """Join the parts, and put the ES state beside the engine's checkpoints from now on.
@@ -223,8 +224,8 @@ class DeepSpeedSampling(ABC):
         norm = self.deepspeed.get_global_grad_norm()
         if succeeded and norm is not None and not np.isfinite(float(norm)):
             raise LossError(
-                f"The gradient of iteration {self.engine.iteration} is not finite, and DeepSpeed has applied it. Resume from the "
-                "last checkpoint with a lower learning rate, or with bf16 and its `check_grad_overflow`."
+                f"The gradient of iteration {self.engine.iteration} is not finite, and DeepSpeed has applied it. "
+                "Resume from the last checkpoint with a lower learning rate, or with bf16 and its `check_grad_overflow`."
             )
         self.engine.finish(succeeded)
         return result
@@ -315,13 +316,18 @@ def state_folder(directory: Path, tag: str) -> Path:
         if (directory / name / ES_STATE).is_dir():
             return directory / name / ES_STATE
     raise CheckpointError(
-        f"`{directory / tag}` holds no `{ES_STATE}`: it was saved without Evolved Sampling. Pass `es_state=False` to begin with "
-        "new scores, or load another tag."
+        f"`{directory / tag}` holds no `{ES_STATE}`: it was saved without Evolved Sampling. Pass `es_state=False` to "
+        "begin with new scores, or load another tag."
     )
 
 
 def build_engine(
-    deepspeed: Any, config: EvolvedSamplingConfig | None, manifest: Manifest, replica: Replica, train_samples: int
+    deepspeed: Any,
+    config: EvolvedSamplingConfig | None,
+    manifest: Manifest,
+    replica: Replica,
+    train_samples: int,
+    begin: Begin = begin_with_scores,
 ) -> EvolvedSampling:
     """The step over the batch sizes of a DeepSpeed engine.
 
@@ -337,6 +343,7 @@ def build_engine(
         meta_batch=int(deepspeed.train_batch_size()),
         micro_batch=int(deepspeed.train_micro_batch_size_per_gpu()),
         train_samples=train_samples,
+        begin=begin,
     )
     size = config.scoring_micro_batch_size
     if size is not None and len(engine.own) % size:

@@ -12,7 +12,7 @@ the engine's count of them begins anew. Shape suffixes: B sequences of a micro-b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.engine import EvolvedSampling, Trained, Work
@@ -84,10 +85,11 @@ class EngineSampling(DeepSpeedSampling):
 
     def score_batches(self, batches: list[Batch]) -> Float32 | None:
         """Mean token loss of each sequence of some micro-batches, as many on every rank; leaves no trace."""
-        found: list[Tensor] = []
         with traceless([self.deepspeed.module]), torch.no_grad():
-            for batch in self._on_device(batches):
-                found.append(sequence_losses(self.token_losses(self.deepspeed, batch), batch["loss_mask"]))
+            found = [
+                sequence_losses(self.token_losses(self.deepspeed, batch), batch["loss_mask"])
+                for batch in self._on_device(batches)
+            ]
         return join(found)
 
     def train(self, work: Work) -> Trained:
@@ -143,7 +145,7 @@ class EngineSampling(DeepSpeedSampling):
 
 
 @contextmanager
-def accumulating(deepspeed: Any, micro_batches: int) -> Iterator[None]:
+def accumulating(deepspeed: Any, micro_batches: int) -> Generator[None]:
     """Have the engine step after so many micro-batches of a rank, counted from now; put its batch size back after.
 
     Without the count begun anew the boundaries would be those of the batches before.
@@ -166,7 +168,7 @@ def place_of(deepspeed: Any) -> tuple[int, int]:
     return int(mpu.get_data_parallel_rank()), int(mpu.get_model_parallel_rank())
 
 
-def attach(
+def attach(  # noqa: PLR0913 - all but three have defaults
     deepspeed: Any,
     manifest: Manifest,
     rows: Rows,
@@ -178,11 +180,12 @@ def attach(
     per_token: bool = False,
     workers: int = 0,
     prefetch: int = 2,
+    begin: Begin = begin_with_scores,
 ) -> EngineSampling:
     """Attach Evolved Sampling to a `DeepSpeedEngine`; collective.
 
-    The engine's `train_batch_size` is the meta-batch. Its `save_checkpoint` and `load_checkpoint` take the ES state along
-    from now on, until `detach`.
+    The engine's `train_batch_size` is the meta-batch. Its `save_checkpoint` and `load_checkpoint` take the ES state
+    along from now on, until `detach`.
 
     Args:
         deepspeed: what `deepspeed.initialize` gave.
@@ -195,6 +198,7 @@ def attach(
         per_token: average over all unmasked tokens of a step, instead of over micro-batches' `loss_of`.
         workers: loader processes per rank.
         prefetch: meta-batches a worker reads ahead.
+        begin: see `EvolvedSampling`.
 
     Raises:
         ConfigError: what cannot work, before the first iteration.
@@ -202,7 +206,7 @@ def attach(
     if type(deepspeed).__name__ == "PipelineEngine":
         raise ConfigError("A `PipelineEngine` must be attached to by `es_megatron.frameworks.deepspeed_pipe.attach`.")
     replica = replica_of(place_of(deepspeed))
-    engine = build_engine(deepspeed, config, manifest, replica, train_samples)
+    engine = build_engine(deepspeed, config, manifest, replica, train_samples, begin)
     feed = build_feed(engine, rows, workers, prefetch)
     return EngineSampling(engine, feed, deepspeed, token_losses=token_losses, loss_of=loss_of, per_token=per_token)
 

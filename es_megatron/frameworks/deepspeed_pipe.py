@@ -12,7 +12,7 @@ between by broadcast. Shape suffixes: B sequences of a micro-batch, T tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.engine import EvolvedSampling, Trained, Work
@@ -92,7 +93,7 @@ class PipeSampling(DeepSpeedSampling):
         from deepspeed.runtime.pipe import schedule
 
         class WithoutStep(schedule.TrainSchedule):
-            def steps(self) -> Iterator[list[Any]]:
+            def steps(self) -> Generator[list[Any]]:
                 at_the_end = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
                 for commands in super().steps():
                     yield [command for command in commands if not isinstance(command, at_the_end)]
@@ -145,7 +146,7 @@ class PipeSampling(DeepSpeedSampling):
         return iter([self.pack(batch) for batch in batches])
 
     @contextmanager
-    def _loss(self, function: Callable[[Any, Any], Tensor]) -> Iterator[None]:
+    def _loss(self, function: Callable[[Any, Any], Tensor]) -> Generator[None]:
         module = self.deepspeed.module
         before = module.loss_fn
         module.loss_fn = function
@@ -155,7 +156,7 @@ class PipeSampling(DeepSpeedSampling):
             module.loss_fn = before
 
     @contextmanager
-    def _accumulating(self, micro_batches: int) -> Iterator[None]:
+    def _accumulating(self, micro_batches: int) -> Generator[None]:
         """Have the pipeline run over so many micro-batches; put its batch size back after."""
         deepspeed = self.deepspeed
         before = deepspeed.train_batch_size()
@@ -167,7 +168,7 @@ class PipeSampling(DeepSpeedSampling):
 
 
 @contextmanager
-def silent(deepspeed: Any) -> Iterator[None]:
+def silent(deepspeed: Any) -> Generator[None]:
     """Keep the engine's monitor out of an evaluation: it would broadcast one number where there is a list."""
     before = deepspeed.monitor.enabled
     deepspeed.monitor.enabled = False
@@ -177,7 +178,7 @@ def silent(deepspeed: Any) -> Iterator[None]:
         deepspeed.monitor.enabled = before
 
 
-def attach(
+def attach(  # noqa: PLR0913 - all but four have defaults
     deepspeed: Any,
     manifest: Manifest,
     rows: Rows,
@@ -189,11 +190,12 @@ def attach(
     pack: Pack = pack_gpt,
     workers: int = 0,
     prefetch: int = 2,
+    begin: Begin = begin_with_scores,
 ) -> PipeSampling:
     """Attach Evolved Sampling to a `PipelineEngine`; collective.
 
-    The engine's `train_batch_size` is the meta-batch. Its `save_checkpoint` and `load_checkpoint` take the ES state along
-    from now on, until `detach`.
+    The engine's `train_batch_size` is the meta-batch. Its `save_checkpoint` and `load_checkpoint` take the ES state
+    along from now on, until `detach`.
 
     Args:
         deepspeed: what `deepspeed.initialize` gave for a `PipelineModule`.
@@ -206,6 +208,7 @@ def attach(
         pack: makes (inputs of the first stage, labels of the last) of a micro-batch.
         workers: loader processes per rank.
         prefetch: meta-batches a worker reads ahead.
+        begin: see `EvolvedSampling`.
 
     Raises:
         ConfigError: what cannot work, before the first iteration.
@@ -218,7 +221,7 @@ def attach(
     tensor = int(grid.get_slice_parallel_world_size())
     model_rank = int(deepspeed.stage_id) * tensor + int(grid.get_slice_parallel_rank())
     replica = replica_of((int(grid.get_data_parallel_rank()), model_rank))
-    engine = build_engine(deepspeed, config, manifest, replica, train_samples)
+    engine = build_engine(deepspeed, config, manifest, replica, train_samples, begin)
     reads = deepspeed.is_first_stage() or deepspeed.is_last_stage()
     feed = build_feed(engine, rows, workers, prefetch) if reads else None
     return PipeSampling(engine, feed, deepspeed, token_losses=token_losses, loss_of=loss_of, pack=pack)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.compatibility import CONTEXT_PARALLEL, OFF_VALUES, UNSUPPORTED
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
@@ -243,6 +244,7 @@ def attach(  # noqa: PLR0913 - one call says all
     workers: int = 0,
     prefetch: int = 2,
     loss_mask_of: LossMaskOf = mask_of_partial,
+    begin: Begin = begin_with_scores,
 ) -> MegatronCoreSampling:
     """Attach Evolved Sampling to a Megatron-Core run; collective, after `parallel_state` is initialised.
 
@@ -257,6 +259,7 @@ def attach(  # noqa: PLR0913 - one call says all
         workers: loader processes per rank.
         prefetch: meta-batches a worker reads ahead.
         loss_mask_of: finds the loss mask in what the forward step returns.
+        begin: see `EvolvedSampling`.
 
     Raises:
         ConfigError, LayoutError: what cannot work, before the first iteration.
@@ -274,6 +277,7 @@ def attach(  # noqa: PLR0913 - one call says all
         micro_batch=micro_batch_size,
         train_samples=train_samples,
         micro_batch_multiple=pipeline if virtual > 1 else 1,
+        begin=begin,
     )
     check_micro_batches(engine.plan, micro_batch_size * replica.dp_size, pipeline, virtual)
     check_scoring_size(config, len(engine.own), pipeline, virtual)

@@ -156,7 +156,9 @@ def fingerprint_token_file(file: TokenFile, seq_length: int) -> str:
     change of single tokens between those blocks goes unseen.
     """
     with file.idx_path.open("rb") as index:
-        return fingerprint(iter(lambda: index.read(1 << 20), b""), file.bin_path, file.bin_path.stat().st_size, seq_length)
+        return fingerprint(
+            iter(lambda: index.read(1 << 20), b""), file.bin_path, file.bin_path.stat().st_size, seq_length
+        )
 
 
 def fingerprint(index: Iterable[bytes | memoryview], bin_path: Path, size: int, seq_length: int) -> str:

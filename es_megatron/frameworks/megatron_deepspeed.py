@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from es_megatron.checkpoint.sealed import parse_json
+from es_megatron.compatibility import REFUSED_BY_MEGATRON_DEEPSPEED
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.frameworks import megatron_lm
@@ -32,19 +33,7 @@ from es_megatron.frameworks.megatron_lm_data import (
 )
 from es_megatron.frameworks.megatron_lm_settings import REFUSED, StartingPoint, refuse
 
-REFUSED_HERE = {
-    **REFUSED,
-    "curriculum_learning_legacy": "it shortens sequences behind the sampler's back",
-    "data_efficiency_curriculum_learning": "it shortens sequences behind the sampler's back",
-    "random_ltd": "it drops tokens in training that the score would see",
-    "kd": "distillation has not been tried",
-    "mos": "distillation has not been tried",
-    "compression_training": "compression has not been tried",
-    "train_tokens": "the run's length is planned in iterations",
-    "train_data_exact_num_epochs": "the epochs are planned",
-    "return_data_index": "a sample has tokens alone",
-    "use_dataset_only": "a sample has tokens alone",
-}
+REFUSED_HERE = {**REFUSED, **REFUSED_BY_MEGATRON_DEEPSPEED}
 
 
 def check_settings(args: Namespace) -> None:

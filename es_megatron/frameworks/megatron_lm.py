@@ -8,14 +8,13 @@ plain checkpoint.
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch.distributed as dist
 
@@ -24,6 +23,7 @@ from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.errors import CheckpointError
 from es_megatron.frameworks.arguments import Switches, read_switches
+from es_megatron.frameworks.audit import Audit
 from es_megatron.frameworks.feed import MetaBatchFeed
 from es_megatron.frameworks.megatron_core import MegatronCoreSampling, attach
 from es_megatron.frameworks.megatron_lm_data import (
@@ -75,7 +75,7 @@ class Run:
     """Iteration of Megatron's at which Evolved Sampling began."""
     resumed_at: int
     """Iteration of Megatron's that this process goes on from."""
-    audit: TextIO | None = None
+    audit: Audit | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     """Wall-clock by part since the last line."""
 
@@ -143,7 +143,7 @@ def _begin(args: Namespace, dialect: Dialect, switches: Switches, manifest: Mani
         _restore(run, Path(at.folder))
     changes = length.shorten(args, at.started_at + engine.plan.schedule.iterations)
     if engine.replica.world_rank == 0:
-        run.audit = None if switches.audit is None else switches.audit.open("a", encoding="utf-8")
+        run.audit = None if switches.audit is None else Audit(switches.audit, run.iteration)
         _print_plan(run, changes)
     _run = run
 
@@ -241,9 +241,7 @@ def finish_step(*, skipped: bool, leaving: bool) -> None:
     for name, value in record.seconds.items():
         _run.seconds[name] = _run.seconds.get(name, 0.0) + value
     if _run.audit is not None:
-        line = {"iteration": _run.iteration, "scored": record.scored, "chosen": record.chosen.tolist()}
-        _run.audit.write(json.dumps(line) + "\n")
-        _run.audit.flush()
+        _run.audit.write(_run.iteration, record)
 
 
 def state_saved(iteration: int, non_persistent: bool) -> AbstractContextManager[Any]:

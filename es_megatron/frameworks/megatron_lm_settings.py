@@ -34,6 +34,7 @@ REFUSED = {
     "modelopt_enabled": "distillation and pruning of weights have not been tried",
     "logits_load_dir": "distillation has not been tried",
     "vision_pretraining": "only text is supported",
+    "inprocess_restart": "a restarted run would keep the process groups of the one before",
     "yaml_cfg": "flags of the command line are not read with it",
 }
 """Arguments that must be off, and why; those a version does not have are off."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ def join(found: list[Tensor]) -> Float32 | None:
 
 
 @contextmanager
-def traceless(chunks: list[torch.nn.Module]) -> Iterator[None]:
+def traceless(chunks: list[torch.nn.Module]) -> Generator[None]:
     """Leave no trace of what runs inside: modes, random states, buffers (MoE counters among them), upstream timers."""
     modules = [(module, module.training) for chunk in chunks for module in chunk.modules()]
     # by the class: Megatron's data-parallel wrapper has an attribute `buffers` of its own

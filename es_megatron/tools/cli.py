@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; a user's mistake prints one line and returns 2."""
     parser = argparse.ArgumentParser(prog="es-megatron", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    from es_megatron.tools import demo, doctor, launch, preflight, prepare, pretrain, run
+    from es_megatron.tools import demo, doctor, launch, preflight, prepare, pretrain, run, scores
     from es_megatron.tools.config_patch import command as patch
     from es_megatron.tools.config_patch import undo
 
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("patch", patch),
         ("unpatch", undo),
         ("doctor", doctor),
+        ("scores", scores),
     ):
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(command)

@@ -126,7 +126,7 @@ def meet(node: int, nodes: int, timeout: float) -> TCPStore:
     hosts = node == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         store = dist.TCPStore(host, port, is_master=hosts, timeout=timedelta(seconds=timeout), wait_for_workers=False)
-        store.set(f"es/here/{node}", b"1")
+        store.set(f"es/here/{node}", "yes")
         store.wait([f"es/here/{other}" for other in range(nodes)], timedelta(seconds=timeout))
     except (dist.DistError, RuntimeError, OSError) as error:
         said = str(error).splitlines()[0][:200]
@@ -154,7 +154,7 @@ def gather(store: TCPStore | None, node: int, nodes: int, value: Any, key: str =
         return [value]
     store.set(f"es/{key}/{node}", json.dumps(asdict(value)))
     found = [type(value)(**json.loads(store.get(f"es/{key}/{other}"))) for other in range(nodes)]
-    store.set(f"es/{key}/read/{node}", b"1")
+    store.set(f"es/{key}/read/{node}", "yes")
     store.wait([f"es/{key}/read/{other}" for other in range(nodes)])  # the node that hosts it leaves last
     return found
 

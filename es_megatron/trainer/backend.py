@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.engine import EvolvedSampling
 from es_megatron.frameworks.feed import Rows
 from es_megatron.plan import Layout
@@ -38,6 +39,8 @@ class Backend(Protocol):
     engine: EvolvedSampling
     loss_source: int
     """Model-parallel rank that computes losses."""
+    scheduler: Any
+    """Megatron-Core's `OptimizerParamScheduler`."""
 
     def iterate(self) -> Iteration:
         """Draw, score, train, step, and close the iteration; collective."""
@@ -74,13 +77,16 @@ def start(settings: PretrainSettings) -> None:
     initialize(settings)
 
 
-def build_backend(settings: PretrainSettings, blend: LoadedBlend, train_samples: int) -> Backend:
+def build_backend(
+    settings: PretrainSettings, blend: LoadedBlend, train_samples: int, begin: Begin = begin_with_scores
+) -> Backend:
     """Build the model of a run in its framework, and attach; collective, after `start`.
 
     Args:
         settings: of the run.
         blend: where samples come from.
         train_samples: draws of the plain run.
+        begin: see `EvolvedSampling`.
 
     Raises:
         EsError: what cannot work.
@@ -88,10 +94,10 @@ def build_backend(settings: PretrainSettings, blend: LoadedBlend, train_samples:
     if settings.backend == "deepspeed":
         from es_megatron.trainer.deepspeed_backend import DeepSpeedBackend
 
-        return DeepSpeedBackend(settings, blend, train_samples)
+        return DeepSpeedBackend(settings, blend, train_samples, begin)
     from es_megatron.trainer.megatron_backend import MegatronBackend
 
-    return MegatronBackend(settings, blend, train_samples)
+    return MegatronBackend(settings, blend, train_samples, begin)
 
 
 def stop() -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
+from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.frameworks import deepspeed_common
 from es_megatron.frameworks.feed import Rows
@@ -90,14 +92,20 @@ class DeepSpeedPasses:
 class DeepSpeedBackend:
     """See `Backend`."""
 
-    def __init__(self, settings: PretrainSettings, blend: LoadedBlend, train_samples: int) -> None:
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        blend: LoadedBlend,
+        train_samples: int,
+        begin: Begin = begin_with_scores,
+    ) -> None:
         """Build the model and attach; see `build_backend`."""
         self.settings = settings
         self.deepspeed: Any = build_deepspeed(settings, blend.vocab_size)
-        self.sampling = attach(settings, self.deepspeed, blend, train_samples)
+        self.sampling = attach(settings, self.deepspeed, blend, train_samples, begin)
         self.sampling.detach()  # the loop writes the ES state
         self.engine, self.loss_source = self.sampling.engine, self.sampling.loss_source
-        self.scheduler = build_scheduler(settings, self.deepspeed.optimizer, self.engine.plan.schedule.iterations)
+        self.scheduler: Any = build_scheduler(settings, self.deepspeed.optimizer, self.engine.plan.schedule.iterations)
         self.passes = DeepSpeedPasses(settings, self.sampling)
 
     def iterate(self) -> Iteration:
@@ -206,7 +214,7 @@ def build_deepspeed(settings: PretrainSettings, vocab_size: int) -> Any:
 
 
 def leave_out_empty_states(network: torch.nn.Module) -> None:
-    """Keep Megatron-Core's `_extra_state` entries, which are None here, out of checkpoints: the converter trips over them."""
+    """Keep Megatron-Core's `_extra_state`, which is None here, out of checkpoints: the converter trips over it."""
     suffix = "_extra_state"
     names = [name for name in network.state_dict() if name.endswith(suffix)]
 
@@ -223,21 +231,29 @@ def leave_out_empty_states(network: torch.nn.Module) -> None:
     network.register_load_state_dict_pre_hook(put_back)
 
 
-def attach(settings: PretrainSettings, engine: Any, blend: LoadedBlend, train_samples: int) -> Any:
+def attach(settings: PretrainSettings, engine: Any, blend: LoadedBlend, train_samples: int, begin: Begin) -> Any:
     """Attach to the engine, whichever it is."""
     options: dict[str, Any] = {
         "train_samples": train_samples,
         "workers": settings.data.num_workers,
         "prefetch": settings.data.prefetch,
+        "begin": begin,
     }
+    return attach_rows(settings, engine, blend.manifest, blend.rows, options)
+
+
+def attach_rows(
+    settings: PretrainSettings, engine: Any, manifest: Manifest, rows: Rows, options: Mapping[str, Any]
+) -> Any:
+    """The same for any rows; `options` are further arguments of `attach` in the framework's module."""
     if settings.parallel.pipeline > 1:
         from es_megatron.frameworks import deepspeed_pipe
         from es_megatron.trainer.deepspeed_model import token_losses
 
-        return deepspeed_pipe.attach(engine, blend.manifest, blend.rows, token_losses=token_losses, **options)
+        return deepspeed_pipe.attach(engine, manifest, rows, token_losses=token_losses, **options)
     from es_megatron.frameworks import deepspeed_engine
 
-    return deepspeed_engine.attach(engine, blend.manifest, blend.rows, **options)
+    return deepspeed_engine.attach(engine, manifest, rows, **options)
 
 
 def parameter_groups(network: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -263,7 +279,7 @@ def engine_settings(settings: PretrainSettings) -> dict[str, Any]:
         "gradient_clipping": training.clip_grad,
         "zero_optimization": {"stage": settings.deepspeed.zero_stage},
         "bf16": {"enabled": training.precision == "bf16"},
-        deepspeed_common.BLOCK: asdict(settings.evolved_sampling),
+        deepspeed_common.BLOCK: dataclasses.asdict(settings.evolved_sampling),
     }
     if settings.parallel.pipeline > 1:
         own["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
@@ -275,8 +291,20 @@ def engine_settings(settings: PretrainSettings) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise ConfigError(f"`deepspeed.config` must be a JSON file, but `{path}` is not: {error}.") from error
     given.pop("gradient_accumulation_steps", None)  # follows from the batch sizes
-    given.pop(deepspeed_common.BLOCK, None)  # the run's section `evolved_sampling` counts
+    block = given.pop(deepspeed_common.BLOCK, None)
+    if block is not None:
+        said = build(EvolvedSamplingConfig, block, f'{path}: "{deepspeed_common.BLOCK}"')
+        if filled_in(said) != filled_in(settings.evolved_sampling):
+            raise ConfigError(
+                f'`"{deepspeed_common.BLOCK}"` in `{path}` must agree with the section of that name in the run\'s '
+                "settings, but does not. Leave it out there, or make them say the same."
+            )
     return merge(given, own, str(path))
+
+
+def filled_in(config: EvolvedSamplingConfig) -> EvolvedSamplingConfig:
+    """Settings with their defaults that depend on others filled in."""
+    return dataclasses.replace(config, beta2=config.decay, score_correction=config.correction)
 
 
 def merge(given: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -291,8 +319,8 @@ def merge(given: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[
             merged[key] = merge(merged[key], value, f"{where}: {key}")  # pyright: ignore[reportUnknownArgumentType]
         elif key in merged and merged[key] not in (value, "auto"):
             raise ConfigError(
-                f"`{key}` in `{where}` must agree with the run's settings, {value!r}, but is {merged[key]!r} instead. Leave it "
-                'out there, or write "auto".'
+                f"`{key}` in `{where}` must agree with the run's settings, {value!r}, but is {merged[key]!r} instead. "
+                'Leave it out there, or write "auto".'
             )
         else:
             merged[key] = value
@@ -319,8 +347,8 @@ def check_layout(saved: Mapping[str, int], now: Mapping[str, int], directory: Pa
     for name in ("zero_stage", "tensor", "pipeline"):
         if saved[name] != now[name]:
             raise CheckpointError(
-                f"Checkpoint `{directory}` is of a run with {name} {saved[name]}, but this run has {now[name]}. Only the "
-                "data-parallel size may change; set the others as they were."
+                f"Checkpoint `{directory}` is of a run with {name} {saved[name]}, but this run has {now[name]}. Only "
+                "the data-parallel size may change; set the others as they were."
             )
 
 
@@ -343,5 +371,5 @@ def convert_to_universal(source: Path, target: Path) -> None:
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or ["nothing"]
         raise CheckpointError(
-            f"DeepSpeed could not convert `{source}`: {said[-1]}. Go on with the number of ranks it was saved by."
+            f"DeepSpeed could not convert `{source}`: {said[-1]}. Go on with as many ranks as saved it."
         )

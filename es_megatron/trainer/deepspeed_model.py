@@ -175,7 +175,8 @@ class Output(Part):
 
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Part`."""
-        yield "output_layer.weight", self.linear.weight
+        weight: Any = self.linear.weight
+        yield "output_layer.weight", weight
 
 
 def tied_logits(embedding: Embedding, hidden_TBH: Tensor) -> Tensor:

@@ -59,8 +59,9 @@ def check_deepspeed(settings: DeepSpeedSettings, parallel: ParallelSettings, *, 
         )
     if parallel.pipeline > 1 and stage == 0 and clips:
         raise ConfigError(
-            "`zero_stage` must be 1 with pipeline stages and `clip_grad`: without ZeRO DeepSpeed's norm of the gradients "
-            "leaves out vectors of all stages but the first, and counts tied matrices twice. Use 1, or `clip_grad: 0`."
+            "`zero_stage` must be 1 with pipeline stages and `clip_grad`: without ZeRO DeepSpeed's norm of the "
+            "gradients leaves out vectors of all stages but the first, and counts tied matrices twice. Use 1, or "
+            "`clip_grad: 0`."
         )
     if bf16 and stage == 0:
         raise ConfigError(

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from es_megatron.checkpoint.agreement import agreed
-from es_megatron.checkpoint.compatibility import check_manifest
-from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
-from es_megatron.checkpoint.rotation import CheckpointDirectory
-from es_megatron.data.mask import KeptMask
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
 from es_megatron.metrics import LogEntry, RunTotals
 from es_megatron.parallel import Replica
 from es_megatron.plan import Layout, describe, nominal, predict
 from es_megatron.trainer.backend import Backend, Iteration, build_backend, start, stop
+from es_megatron.trainer.checkpoints import RunCheckpoints
 from es_megatron.trainer.journal import Journal
 from es_megatron.trainer.settings import PretrainSettings
-
-LOGGER = logging.getLogger(__name__)
-
-ES_STATE = "es_state"
-MODEL = "model"
 
 
 class Trainer:
@@ -43,23 +34,21 @@ class Trainer:
         self.settings = settings
         training = settings.training
         start(settings)
-        with agreed(Replica.data_parallel(), "open the data"):
+        world = Replica.data_parallel()
+        with agreed(world, "open the data"):
             blend = load_blend(settings.data.blend, settings.model.seq_length)
         self.blend: LoadedBlend = blend
         samples = training.train_samples or max(1, round((training.passes or 1.0) * blend.manifest.total))
-        self.backend: Backend = build_backend(settings, blend, samples)
+        self.checkpoints = RunCheckpoints(settings, blend, world)
+        self.backend: Backend = build_backend(settings, blend, samples, self.checkpoints.begin)
         self.engine = self.backend.engine
         self.replica = self.engine.replica
         self.totals = RunTotals(len(blend.manifest.components), training.global_batch_size)
-        self.checkpoints = CheckpointDirectory(
-            settings.run.directory / "checkpoints", settings.run.keep_checkpoints, self.replica
-        )
         self.layout: Layout = self.backend.calibrate()
-        self.evaluations: list[dict[str, Any]] = []
-        if settings.run.resume:
-            self._restore()
+        evaluations = self.checkpoints.restore(self.backend, self.totals)
+        self.evaluations: list[dict[str, Any]] = evaluations or []
         self._stop = False
-        self._saved_at = -1
+        self._saved_at = -1 if evaluations is None else self.engine.iteration
 
     def run(self) -> dict[str, Any]:
         """Train to the planned end, or to SIGTERM; returns the summary that `summary.json` holds."""
@@ -75,6 +64,7 @@ class Trainer:
             interval = self.settings.run.save_interval
             if self._saved_at != self.engine.iteration and (interval or not finished):
                 self._save(journal)
+            self._save_on(journal, wait=True)
             if finished and not (self.evaluations and self.evaluations[-1]["iteration"] == self.engine.iteration):
                 self._evaluate(journal)
             summary = self._summary(finished)
@@ -89,10 +79,11 @@ class Trainer:
             iteration = self.backend.iterate()
             elapsed = time.perf_counter() - began
             record = self.engine.last
-            assert record is not None  # noqa: S101 - the iteration has just set it
+            assert record is not None  # the iteration has just set it
             self.totals.add(record, {"optimizer": iteration.updating, "step": elapsed}, succeeded=iteration.succeeded)
             window.add(iteration, elapsed, record)
             journal.advance(record)
+            self._save_on(journal)
             done = self.engine.iteration
             if done % training.log_interval == 0 or done == iterations:
                 self._log(journal, window, iteration.rate)
@@ -107,7 +98,7 @@ class Trainer:
         return bool(self.replica.tell(np.asarray([self._stop], dtype=np.int64))[0])
 
     @contextmanager
-    def _sigterm(self) -> Iterator[None]:
+    def _sigterm(self) -> Generator[None]:
         def ask_to_stop(*_: object) -> None:
             self._stop = True
 
@@ -151,45 +142,17 @@ class Trainer:
             journal.evaluated(self.engine.iteration, losses)
 
     def _save(self, journal: Journal) -> None:
-        """Write model and ES state of this iteration; the marker that makes them count comes last."""
-        began = time.perf_counter()
-        iteration, store = self.engine.iteration, self.engine.store
-        self.engine.check_replicas()
-        partial = self.checkpoints.begin(iteration)
-        with agreed(self.replica, f"save iteration {iteration}", lambda: None):
-            self.backend.save(partial / MODEL)
-            save_es_state(
-                partial / ES_STATE,
-                ScoreRange(self.blend.manifest.total, store.low, store.score, store.visits),
-                {key: mask.packed for key, mask in self.engine.sampler.masks.items()},
-                {
-                    "engine": self.engine.state_dict(),
-                    "totals": self.totals.state_dict(),
-                    "evaluations": self.evaluations,
-                },
-                self.blend.manifest.to_json(),
-                self.replica,
-            )
-        where = self.checkpoints.commit(iteration)
-        self._saved_at = iteration
-        journal.say(f"saved {where} in {time.perf_counter() - began:.1f} s")
-
-    def _restore(self) -> None:
-        found = self.checkpoints.find()
-        if found is None:
-            return
-        manifest = self.blend.manifest
-        state = load_es_state(found / ES_STATE, manifest.total, self.replica, manifest.to_json())
-        check_manifest(state.manifest, manifest.to_json())
-        sizes = manifest.sizes
-        masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in state.masks.items()}
-        self.engine.load_state_dict(state.state["engine"], masks)
-        self.engine.store.load(state.score, state.visits)
-        self.totals.load_state_dict(state.state["totals"])
-        self.evaluations = list(state.state["evaluations"])
-        self.backend.load(found / MODEL)
+        """Save this iteration."""
+        told = self.checkpoints.save(self.backend, self.totals, self.evaluations)
         self._saved_at = self.engine.iteration
-        LOGGER.info("resumed from %s at iteration %d", found, self.engine.iteration)
+        if told:
+            journal.say(told)
+
+    def _save_on(self, journal: Journal, *, wait: bool = False) -> None:
+        """Go on with a save in the background, if there is one."""
+        told = self.checkpoints.advance(wait=wait)
+        if told:
+            journal.say(told)
 
     def _summary(self, finished: bool) -> dict[str, Any]:
         plan, seq_length = self.engine.plan, self.settings.model.seq_length

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_core import attach
 from es_megatron.frameworks.megatron_data import LoadedBlend
@@ -24,7 +25,13 @@ from es_megatron.trainer.settings import PretrainSettings
 class MegatronBackend:
     """See `Backend`."""
 
-    def __init__(self, settings: PretrainSettings, blend: LoadedBlend, train_samples: int) -> None:
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        blend: LoadedBlend,
+        train_samples: int,
+        begin: Begin = begin_with_scores,
+    ) -> None:
         """Build the model and attach; see `build_backend`."""
         training = settings.training
         self.settings = settings
@@ -38,11 +45,12 @@ class MegatronBackend:
             train_samples=train_samples,
             workers=settings.data.num_workers,
             prefetch=settings.data.prefetch,
+            begin=begin,
         )
         self.engine, self.loss_source = self.sampling.engine, self.sampling.loss_source
         self.chunks = build_model(settings, blend.vocab_size)
         self.optimizer = build_optimizer(settings, self.chunks)
-        self.scheduler = build_scheduler(settings, self.optimizer, self.engine.plan.schedule.iterations)
+        self.scheduler: Any = build_scheduler(settings, self.optimizer, self.engine.plan.schedule.iterations)
         schedule = get_forward_backward_func()
         self.passes = Passes(settings, self.chunks, schedule, self.engine.replica, self.loss_source)
         self.forward_backward = self.sampling.wrap(schedule)

@@ -18,6 +18,7 @@ PositionEmbedding = Literal["rope", "learned"]
 Recompute = Literal["none", "full"]
 Precision = Literal["fp32", "bf16"]
 BackendName = Literal["megatron", "deepspeed"]
+BlendChange = Literal["refuse", "keep_scores"]
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,8 @@ class RunSettings:
     """Go on from the newest complete checkpoint in `directory`, if there is one."""
 
     on_blend_change: BlendChange = "refuse"
-    """What to do if the blend is not the one the checkpoint was made with: `refuse`, or `keep_scores`, which goes on with
-    weights, optimizer and the scores of what did not change, and begins a new order of the new blend there."""
+    """What to do if the blend is not the one the checkpoint was made with: `refuse`, or `keep_scores`, which goes on
+    with weights, optimizer and the scores of what did not change, and begins a new order of the new blend there."""
 
     background_save: bool = False
     """Write scores and checksums of a checkpoint while training goes on, from a copy of the scores in memory."""

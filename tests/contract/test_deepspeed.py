@@ -4,8 +4,6 @@ import math
 
 import pytest
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: install es_megatron[deepspeed]")
-
 from tests import deepspeed_helper, small_run
 
 ZERO = {stage: f"deepspeed.zero_stage={stage}" for stage in range(4)}

@@ -1,27 +1,22 @@
 """`attach` on a `DeepSpeedEngine` of one's own: a model that is not Megatron's, settings from the JSON, checkpoints."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: install es_megatron[deepspeed]")
-
-from es_megatron.frameworks import deepspeed_common
-
-deepspeed_common.prepare()
-
-import deepspeed
-
 from es_megatron.checkpoint import disk
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import CheckpointError, ConfigError
-from es_megatron.frameworks.deepspeed_common import mean_loss
+from es_megatron.frameworks.deepspeed_common import check_engine, mean_loss, prepare
 from es_megatron.frameworks.deepspeed_engine import attach, logits_token_losses
 from tests.ranks_helper import run_on_ranks
+
+deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: install es_megatron[deepspeed]")
 
 VOCABULARY, T, B, MICRO = 23, 8, 16, 2
 MANIFEST = Manifest((Component("a", "", 40, 40.0, "x"), Component("b", "", 12, 12.0, "y")), T)
@@ -69,9 +64,12 @@ def json_of(stage=1, evolved=EVOLVED, **more):
 def engine_of(settings):
     """A DeepSpeed engine in this rank's process group, as a user's script makes it."""
     if not deepspeed.comm.is_initialized():
+        prepare()
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     model = model_of()
-    return deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=settings, dist_init_required=False)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=settings, dist_init_required=False)[
+        0
+    ]
 
 
 def attached(settings, **options):
@@ -220,7 +218,7 @@ def test_a_checkpoint_without_es_state_is_refused_unless_asked_for(tmp_path):
         sampling.deepspeed.save_checkpoint(str(tmp_path), tag="plain")
         assert not (tmp_path / "plain" / "es_state").exists()
         sampling = attached(json_of(1))
-        with pytest.raises(CheckpointError, match="holds no `es_state`.*es_state=False"):
+        with pytest.raises(CheckpointError, match=r"holds no `es_state`.*es_state=False"):
             sampling.deepspeed.load_checkpoint(str(tmp_path))
         assert sampling.deepspeed.load_checkpoint(str(tmp_path), es_state=False)[0] is not None
         return sampling.engine.iteration
@@ -237,12 +235,8 @@ def test_a_checkpoint_without_es_state_is_refused_unless_asked_for(tmp_path):
         (json_of(evolved={"keep_ratio": 0.2}), "`keep_ratio` times the meta-batch must be a multiple of 2"),
         (json_of(evolved={**EVOLVED, "scoring_micro_batch_size": 5}), r"must divide a rank's 16.*\[1, 2, 4, 8, 16\]"),
         (json_of(0, bf16={"enabled": True}), r"must be 1 or more with bf16 and Adam"),
-        (
-            json_of(progressive_layer_drop={"enabled": True, "theta": 0.5, "gamma": 0.001}),
-            "`progressive_layer_drop` must be off",
-        ),
     ],
-    ids=["no-block", "unknown-key", "range", "indivisible", "scoring-size", "bf16-zero0", "layer-drop"],
+    ids=["no-block", "unknown-key", "range", "indivisible", "scoring-size", "bf16-zero0"],
 )
 def test_what_cannot_work_is_refused_before_the_first_iteration(settings, message):
     def body():
@@ -251,6 +245,36 @@ def test_what_cannot_work_is_refused_before_the_first_iteration(settings, messag
         return True
 
     assert run_on_ranks(1, body, timeout=100) == [True]
+
+
+@pytest.mark.parametrize(
+    ("feature", "name"),
+    [
+        ({"curriculum_learning_enabled": lambda: True}, "curriculum_learning"),
+        ({"random_ltd_enabled": lambda: True}, "random_ltd"),
+        (
+            {"_config": SimpleNamespace(_param_dict={"progressive_layer_drop": {"enabled": True}})},
+            "progressive_layer_drop",
+        ),
+        ({"has_moe_layers": True}, "MoE layers"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_features_that_a_scoring_pass_would_get_wrong_are_refused(feature, name):
+    usual = {
+        "bfloat16_enabled": lambda: False,
+        "curriculum_learning_enabled": lambda: False,
+        "random_ltd_enabled": lambda: False,
+        "has_moe_layers": False,
+        "sequence_parallel_size": 1,
+        "_config": SimpleNamespace(_param_dict={}),
+    }
+    check_engine(SimpleNamespace(**usual), EvolvedSamplingConfig())
+    engine = SimpleNamespace(**{**usual, **feature})
+    check_engine(engine, EvolvedSamplingConfig(arm="plain"))
+    with pytest.raises(ConfigError, match=f"`{name}` must be off with Evolved Sampling: .* Switch it off"):
+        check_engine(engine, EvolvedSamplingConfig())
 
 
 def test_settings_may_be_a_json_file_or_passed(tmp_path):

@@ -134,7 +134,7 @@ def test_gradients_are_exact_for_every_arm_and_scorer(changes: tuple[str, ...]) 
 
 
 def weigh(ranks: int) -> tuple[list[dict[int, float]], list[bool]]:
-    """Weights of the rows this rank trained on, by iteration and id, and whether its gradients are those of a plain loop."""
+    """Weights of the rows of this rank by iteration and id, and whether gradients are those of a plain loop."""
     from es_megatron.frameworks import megatron_core
 
     settings, rows = settings_for("evolved_sampling.inclusion_weights=true"), RandomRows(RAGGED)
@@ -202,6 +202,27 @@ def test_experts_count_only_what_is_trained_on() -> None:
     for index in (names.index(name) for name in names if "expert_bias" in name):
         assert any(counters[index].abs().sum() > 0 for counters in counted)
     assert sum("expert_bias" in name for name in names) == 4
+
+
+def test_weights_are_gathered_once_an_iteration() -> None:
+    """The scoring pass has had its layers gather them; the interleaved schedule must not do it again."""
+
+    def run() -> list[int]:
+        settings = settings_for(*LAYOUTS["vpp2"][1])
+        initialize(settings)
+        loop = Loop(settings, RandomRows())
+        calls: list[Any] = []
+        loop.chunks[0].config.param_sync_func = [calls.append, calls.append]
+        counts = []
+        for _ in range(4):
+            before = len(calls)
+            loop.evolve()
+            counts.append(len(calls) - before)
+        return counts
+
+    for counts in run_on_ranks(2, run):
+        assert counts[0] > 0, "an iteration without scoring"
+        assert counts[-1] == 0, "one with"
 
 
 # --- invariant 6: scores and the optimizer step ---

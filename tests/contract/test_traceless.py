@@ -104,7 +104,9 @@ def leave_traces(overrides: tuple[str, ...], experts: bool) -> dict[str, bool]:
     if settings.parallel.overlap_param_gather:
         score(loop)  # the first forward pass after an optimizer step gathers its weights, whoever runs it
     before = snapshot(loop)
+    frozen = [chunk.module.decoder.layers[-1] for chunk in loop.chunks]
     losses = score(loop)
+    assert not any(layer.training for layer in frozen), "nor have the scoring passes of whole iterations thawed it"
     after = snapshot(loop)
     assert losses is None or np.isfinite(losses).all()
     calls = [chunk.module.counter.calls.item() for chunk in loop.chunks]

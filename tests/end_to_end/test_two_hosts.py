@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: install es_megatron[deepspeed]")
-
 from tests import small_run
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: install es_megatron[deepspeed]")
 
 ROOT = Path(__file__).parents[2]
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -246,7 +246,7 @@ def test_deepspeed_preflight_tells_what_is_wrong_on_a_host(hosts, tmp_path):
 
 
 @pytest.fixture
-def reachable(hosts, tmp_path) -> Iterator[Path]:
+def reachable(hosts, tmp_path) -> Path:
     """An sshd in each namespace; gives a folder to put first on the path, with an `ssh` that has the key.
 
     DeepSpeed's pdsh runner ends remote processes by `pkill -f` on a pattern that would match other runs of this
@@ -287,7 +287,7 @@ def reachable(hosts, tmp_path) -> Iterator[Path]:
     time.sleep(1.0)
     for host, server in zip(hosts, servers, strict=True):
         assert server.poll() is None, (folder / f"{host.name}.log").read_text()
-    yield bin_folder  # `hosts` ends the servers with all else in the namespaces
+    return bin_folder  # `hosts` ends the servers with all else in the namespaces
 
 
 def test_deepspeed_over_pdsh_and_ssh_chooses_the_same_ids(hosts, reachable, tmp_path):

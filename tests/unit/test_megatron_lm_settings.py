@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es_megatron.data.manifest import Manifest
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.data.manifest import Component, Manifest
+from es_megatron.engine import StepRecord
 from es_megatron.errors import CheckpointError, ConfigError, DataError
+from es_megatron.frameworks.audit import Audit
 from es_megatron.frameworks.megatron_data import open_token_file
 from es_megatron.frameworks.megatron_deepspeed import read_sources, training_documents
 from es_megatron.frameworks.megatron_lm_data import (
@@ -32,6 +36,8 @@ from es_megatron.frameworks.megatron_lm_settings import (
     find_start,
     plan_length,
 )
+from es_megatron.metrics import RunTotals, saved_share
+from es_megatron.plan import plan_run
 from tests.megatron_lm_helper import write_component
 
 
@@ -266,3 +272,29 @@ def test_other_kinds_of_dataset(opened: tuple[Manifest, list[SplitRows]]) -> Non
 def test_nobody_reads_past_us() -> None:
     with pytest.raises(ConfigError, match="read outside the forward-backward schedule"):
         next(iter(UnreadLoader()))
+
+
+def test_audit_drops_what_is_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    record = StepRecord(0, True, 16, np.asarray([4, 2]), np.asarray([0, 0]), 1.0, 1.0, 0, {})
+    first = Audit(path, 0)
+    for iteration in (1, 2, 3):
+        first.write(iteration, record)
+    with path.open("a") as file:
+        file.write('{"iteration": 4, "sco')  # the process was killed
+    Audit(path, 2).write(3, record)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    assert lines[2] == {"iteration": 3, "scored": 16, "chosen": [4, 2]}
+
+
+def test_saved_share_of_work() -> None:
+    """Selecting a quarter costs 1 + 3/4 forward units a sequence, of the plain run's 3."""
+    manifest = Manifest((Component("books", "books", 64, 64.0, "mark"),), 32)
+    plan = plan_run(EvolvedSamplingConfig(anneal=0.0), manifest, 16, 4, 128)
+    totals = RunTotals(1, 16)
+    assert saved_share(plan, 0, totals) == 0.0
+    totals.sequences_scored, totals.sequences_trained = 3 * 16, 3 * 4
+    assert saved_share(plan, 3, totals) == pytest.approx(1 - 1.75 / 3)
+    totals.sequences_scored, totals.sequences_trained = 3 * 16, 3 * 16
+    assert saved_share(plan, 3, totals) == pytest.approx(-1 / 3)

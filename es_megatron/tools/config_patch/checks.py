@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from es_megatron.compatibility import CONTEXT_PARALLEL, UNSUPPORTED
+from es_megatron.compatibility import CONTEXT_PARALLEL, REFUSED_BY_MEGATRON_DEEPSPEED, UNSUPPORTED
 from es_megatron.config import EvolvedSamplingConfig
-from es_megatron.frameworks.megatron_deepspeed import REFUSED_HERE
 from es_megatron.frameworks.megatron_lm_settings import REFUSED
 from es_megatron.tools.config_patch.existing_run import ExistingRun
 from es_megatron.tools.config_patch.findings import Finding, note, ok, refuse
@@ -89,7 +88,7 @@ def check_model(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Fin
 def check_run(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Finding]:
     """Options of the training script that the data order or the schedule cannot live with."""
     found = False
-    for name, reason in (REFUSED_HERE if run.on("deepspeed") else REFUSED).items():
+    for name, reason in {**REFUSED, **(REFUSED_BY_MEGATRON_DEEPSPEED if run.on("deepspeed") else {})}.items():
         if run.on(name) and name not in UNSUPPORTED:
             found = True
             yield refuse(flag(run, name), reason, CURES.get(name, "switch it off"))

@@ -1,0 +1,146 @@
+"""What a run saves and goes on from: model, scores, masks, totals; at once, or the scores while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from es_megatron.checkpoint.agreement import agreed
+from es_megatron.checkpoint.background import BackgroundSave
+from es_megatron.checkpoint.es_state import EsStateWriter, SaveReport, ScoreRange, load_es_state
+from es_megatron.checkpoint.rotation import CheckpointDirectory
+from es_megatron.checkpoint.warm_start import Begin, Resumption, begin_with_scores, read_resumption
+from es_megatron.data.mask import KeptMask
+from es_megatron.engine import EvolvedSampling
+from es_megatron.frameworks.appended import appended_check
+from es_megatron.frameworks.megatron_data import LoadedBlend
+from es_megatron.metrics import RunTotals
+from es_megatron.parallel import Replica
+from es_megatron.trainer.backend import Backend
+from es_megatron.trainer.settings import PretrainSettings
+
+LOGGER = logging.getLogger(__name__)
+
+ES_STATE = "es_state"
+MODEL = "model"
+
+
+class RunCheckpoints:
+    """The checkpoints of one run; methods are collective over the world."""
+
+    def __init__(self, settings: PretrainSettings, blend: LoadedBlend, world: Replica) -> None:
+        """Look for the newest checkpoint, and whether it is of this blend.
+
+        Raises:
+            CheckpointError: no checkpoint can be used, or the newest is of another blend and must not be used with it.
+        """
+        run = settings.run
+        self._in_background = run.background_save
+        self._manifest, self._world = blend.manifest, world
+        self._directory = CheckpointDirectory(run.directory / "checkpoints", run.keep_checkpoints, world)
+        self._found = self._directory.find() if run.resume else None
+        self._resumption: Resumption | None = None
+        if self._found is not None:
+            self._resumption = read_resumption(
+                self._found / ES_STATE,
+                blend.manifest,
+                world,
+                keep_scores=run.on_blend_change == "keep_scores",
+                appended=appended_check(settings.model.seq_length),
+            )
+        self._pending: BackgroundSave | None = None
+        self._began = 0.0
+
+    @property
+    def begin(self) -> Begin:
+        """What the engine begins with."""
+        return begin_with_scores if self._resumption is None else self._resumption.begin
+
+    def restore(self, backend: Backend, totals: RunTotals) -> list[dict[str, Any]] | None:
+        """Take the newest checkpoint over into a run that has begun with `begin`.
+
+        Returns:
+            The evaluations so far; None if there is no checkpoint.
+        """
+        if self._found is None or self._resumption is None:
+            return None
+        engine, sizes = backend.engine, self._manifest.sizes
+        if self._resumption.transfer is None:
+            saved = load_es_state(
+                self._found / ES_STATE, self._manifest.total, engine.replica, self._manifest.to_json()
+            )
+            masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in saved.masks.items()}
+            engine.load_state_dict(saved.state["engine"], masks)
+            engine.store.load(saved.score, saved.visits)
+            state = saved.state
+        else:
+            state = self._resumption.state
+            backend.scheduler.override_opt_param_scheduler = True  # the run has another length now
+        totals.load_state_dict(state["totals"])
+        totals.chosen = self._renumber(totals.chosen)
+        backend.load(self._found / MODEL)
+        LOGGER.info("resumed from %s at iteration %d", self._found, engine.iteration)
+        return list(state["evaluations"])
+
+    def save(self, backend: Backend, totals: RunTotals, evaluations: list[dict[str, Any]]) -> str | None:
+        """Write model and ES state of this iteration; the marker that makes them count comes last.
+
+        Returns:
+            What to say of it; None if it goes on in the background.
+        """
+        self.advance(wait=True)
+        self._began = time.perf_counter()
+        engine = backend.engine
+        engine.check_replicas()
+        partial = self._directory.begin(engine.iteration)
+        with agreed(self._world, f"save iteration {engine.iteration}", lambda: None):
+            backend.save(partial / MODEL)
+        state = {"engine": engine.state_dict(), "totals": totals.state_dict(), "evaluations": evaluations}
+        writer = self._writer(partial / ES_STATE, engine, state)
+        if self._in_background:
+            self._pending = BackgroundSave(self._directory, engine.iteration, writer, self._world)
+            return None
+        writer.prepare()
+        with agreed(self._world, f"save {writer.final}", writer.undo):
+            writer.write()
+        report = writer.finish()
+        return self._told(self._directory.commit(engine.iteration), report)
+
+    def advance(self, *, wait: bool = False) -> str | None:
+        """Take the next step of a save in the background; returns what to say once it is complete."""
+        if self._pending is None:
+            return None
+        where = self._pending.advance(wait=wait)
+        if where is None or self._pending.report is None:
+            return None
+        report, self._pending = self._pending.report, None
+        return f"{self._told(where, report)}, in the background"
+
+    def _told(self, where: Path, report: SaveReport) -> str:
+        seconds = time.perf_counter() - self._began
+        scores = f"scores and masks: {report.bytes} bytes in {report.seconds:.2f} s"
+        return f"saved {where} in {seconds:.1f} s, of which {scores}"
+
+    def _writer(self, folder: Path, engine: EvolvedSampling, state: dict[str, Any]) -> EsStateWriter:
+        """Of the state of this moment: a save in the background works on a copy of the scores."""
+        store, copies = engine.store, self._in_background and engine.replica.mp_rank == 0
+        score, visits = (store.score.copy(), store.visits.copy()) if copies else (store.score, store.visits)
+        return EsStateWriter(
+            folder,
+            ScoreRange(self._manifest.total, store.low, score, visits),
+            {key: mask.packed for key, mask in engine.sampler.masks.items()},
+            state,
+            self._manifest.to_json(),
+            engine.replica,
+        )
+
+    def _renumber(self, chosen: np.ndarray) -> np.ndarray:
+        """Counts by component of the blend that saved, as counts by component of this one."""
+        if self._resumption is None:
+            return chosen
+        counts = dict(zip([c.name for c in self._resumption.saved.components], chosen.tolist(), strict=True))
+        return np.asarray([counts.get(c.name, 0) for c in self._manifest.components], dtype=np.int64)

@@ -1,0 +1,293 @@
+"""Commands of every launcher, and the report of the pre-flight check."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from es_megatron.errors import ConfigError, LayoutError
+from es_megatron.tools import cli, launch, preflight
+from es_megatron.tools.launch import LaunchSettings, SlurmSettings, batch_script, find_cluster, load_launch
+
+CHECKOUT = Path(__file__).parents[2]
+RUN = ["pretrain", "--config", "run.yaml", "--backend", "deepspeed"]
+
+
+def write(folder: Path, hosts: str = "a slots=4\n# a comment\nb slots=4\n", **changes) -> Path:
+    (folder / "hostfile").write_text(hosts)
+    settings = {"hostfile": "hostfile", "interface": "eth0", "master_addr": "10.0.0.1", **changes}
+    path = folder / "launch.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
+    return path
+
+
+def dry(path: Path, *more: str, capsys) -> str:
+    assert cli.main(["launch", "--config", str(path), "--dry-run", *more, "--", *RUN]) == 0
+    return capsys.readouterr().out
+
+
+def options(line: str) -> dict[str, str]:
+    words = shlex.split(line)
+    return {word: after for word, after in pairwise(words) if word.startswith("--")}
+
+
+def lines_of(out: str) -> tuple[str, str]:
+    commands = [line for line in out.splitlines() if line.startswith("env ")]
+    assert [line for line in out.splitlines() if line in ("# pre-flight", "# run")] == ["# pre-flight", "# run"]
+    check, run = commands
+    assert check.endswith("es_megatron.tools.cli preflight --config run.yaml --backend deepspeed")
+    assert run.endswith(f"es_megatron.tools.cli {shlex.join(RUN)}")
+    return check, run
+
+
+def test_pdsh_is_one_command_with_an_environment_that_travels(tmp_path, capsys):
+    out = dry(write(tmp_path, ssh_port=2299, environment={"NCCL_DEBUG": "WARN"}), capsys=capsys)
+    check, run = lines_of(out)
+    for line in (check, run):
+        assert f"{sys.executable} -m deepspeed.launcher.runner" in line
+        found = options(line)
+        assert found["--hostfile"] == str(tmp_path / "hostfile")
+        assert (found["--master_addr"], found["--master_port"], found["--ssh_port"]) == ("10.0.0.1", "29500", "2299")
+        assert f"DS_ENV_FILE={os.getcwd()}/deepspeed_env" in line
+    assert options(check)["--num_gpus"] == "1"
+    assert "--num_gpus" not in run
+    assert "\nGLOO_SOCKET_IFNAME=eth0\nNCCL_DEBUG=WARN\nNCCL_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n" in out
+
+
+def test_without_ssh_every_node_has_its_number(tmp_path, capsys):
+    path = write(tmp_path)
+    _, run = lines_of(dry(path, "--launcher", "no-ssh", "--node-rank", "1", capsys=capsys))
+    assert "--no_ssh" in run
+    assert options(run)["--node_rank"] == "1"
+    assert "DS_ENV_FILE" not in run
+    assert run.startswith("env GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 ")
+
+
+def test_torchrun_meets_by_c10d(tmp_path, capsys):
+    check, run = lines_of(dry(write(tmp_path), "--launcher", "torchrun", capsys=capsys))
+    found = options(run)
+    assert (found["--nnodes"], found["--nproc-per-node"], found["--node-rank"]) == ("2", "4", "0")
+    assert (found["--rdzv-backend"], found["--rdzv-endpoint"]) == ("c10d", "10.0.0.1:29500")
+    assert options(check)["--nproc-per-node"] == "1"
+
+
+def test_slurm_gets_a_script_that_checks_first(tmp_path, capsys):
+    slurm = {"partition": "gpu", "time": "24:00:00", "options": ["--gres=gpu:4"], "setup": ["module load cuda"]}
+    script = dry(write(tmp_path, slurm=slurm, master_addr=None), "--launcher", "slurm", capsys=capsys)
+    head = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert head == [
+        "--job-name=es_megatron",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--partition=gpu",
+        "--time=24:00:00",
+        "--signal=TERM@120",
+        "--gres=gpu:4",
+    ]
+    body = script.splitlines()
+    assert body[0] == "#!/bin/bash"
+    assert body.index("module load cuda") < body.index("export GLOO_SOCKET_IFNAME=eth0") < body.index("# pre-flight")
+    assert 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)' in body
+    check, run = (shlex.split(body[body.index(mark) + 1]) for mark in ("# pre-flight", "# run"))
+    assert check[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    assert "RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=1 " in check[-1]
+    assert run[-1].endswith(shlex.join(RUN))
+    assert "LOCAL_WORLD_SIZE=4 " in run[-1]
+
+
+def test_a_slurm_script_without_a_check_has_none():
+    settings = LaunchSettings(launcher="slurm", nodes=3, processes_per_node=2, interface="ib0", slurm=SlurmSettings())
+    script = batch_script(settings, find_cluster(settings), RUN, preflight=False)
+    assert "preflight" not in script
+    assert script.count("srun") == 1
+
+
+def test_what_is_run_are_the_lines_of_the_dry_run_and_a_failed_check_ends_it(tmp_path, monkeypatch):
+    ran = []
+
+    class Ended:
+        returncode = 3
+
+    def run(command, env, check):
+        ran.append((tuple(command), env["GLOO_SOCKET_IFNAME"]))
+        return Ended()
+
+    monkeypatch.setattr(launch.subprocess, "run", run)
+    path = write(tmp_path, launcher="torchrun")
+    assert cli.main(["launch", "--config", str(path), "--", *RUN]) == 3
+    assert len(ran) == 1
+    assert ran[0][0][-5:] == ("preflight", *RUN[1:])
+    assert ran[0][1] == "eth0"
+    ran.clear()
+    Ended.returncode = 0
+    assert cli.main(["launch", "--config", str(path), "--", *RUN]) == 0
+    assert [command[-5] for command, _ in ran] == ["preflight", "pretrain"]
+
+
+def test_the_command_may_stand_in_the_file(tmp_path, capsys):
+    path = write(tmp_path, launcher="no-ssh", command=RUN)
+    assert cli.main(["launch", "--config", str(path), "--dry-run", "--no-preflight"]) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith(shlex.join(RUN))
+    assert "preflight" not in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "hosts", "more", "message"),
+    [
+        ({"interface": None}, None, [], "`interface` must be given with more than one node"),
+        ({"hostfile": None}, None, [], "`hostfile` must be given for launcher `pdsh`"),
+        (
+            {"hostfile": None, "launcher": "torchrun", "nodes": 2, "master_addr": None},
+            None,
+            [],
+            "`master_addr` must be given",
+        ),
+        ({"hostfile": "none"}, None, [], "`hostfile` .*cannot be read"),
+        ({}, "a slots=4\nb slots=8\n", [], "same number of slots"),
+        ({}, "a gpus=4\n", [], "must be `HOST slots=N`, but one is 'a gpus=4'"),
+        ({"master_port": 80}, None, [], r"`master_port` must be in \[1024, 65535\], but is 80"),
+        ({"launcher": "pdhs"}, None, [], "Did you mean `pdsh`"),
+        ({"interfaces": "eth0"}, None, [], "Unknown key `interfaces`.*Did you mean `interface`"),
+        ({"environment": ["A=1"]}, None, [], "`environment` .* must be a mapping"),
+        ({"environment": {"A": "two words"}}, None, [], "must have no spaces"),
+        ({}, None, ["--node-rank", "2"], r"`--node-rank` must be in \[0, 2\), but is 2"),
+    ],
+)
+def test_mistakes_are_told(changes, hosts, more, message, tmp_path, capsys):
+    path = write(tmp_path, **changes) if hosts is None else write(tmp_path, hosts, **changes)
+    assert cli.main(["launch", "--config", str(path), "--dry-run", *more, "--", *RUN]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+
+
+def test_only_training_is_launched(tmp_path, capsys):
+    assert cli.main(["launch", "--config", str(write(tmp_path)), "--dry-run", "--", "prepare"]) == 2
+    assert "`command` must begin with `pretrain`" in capsys.readouterr().err
+
+
+def test_the_shipped_launch_file_works(capsys):
+    path = CHECKOUT / "launch" / "cluster.yaml"
+    settings = load_launch(path)
+    assert find_cluster(settings).nodes == 2
+    for name in ("pdsh", "no-ssh", "slurm", "torchrun"):
+        assert "preflight" in dry(path, "--launcher", name, capsys=capsys)
+
+
+FACTS = preflight.Facts(
+    node=0,
+    host="a",
+    versions={"python": "3.11.7", "torch": "2.13.0"},
+    code="c0de",
+    manifest="da7a (10 samples)",
+    data_ok=True,
+    directory="",
+    free_bytes=5 << 30,
+    interface="eth0",
+    address="10.0.0.1",
+    interfaces=["lo", "eth0"],
+)
+OTHER = replace(FACTS, node=1, host="b", address="10.0.0.2")
+
+
+def test_two_nodes_alike_may_start():
+    findings = preflight.judge([FACTS, OTHER])
+    assert all(finding.ok for finding in findings)
+    report = preflight.report(findings, 2)
+    assert report.splitlines()[-1] == "  may start"
+    assert "eth0: 10.0.0.1, 10.0.0.2" in report
+    assert "5,120 MB free" in report
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "said"),
+    [
+        ({"versions": {"python": "3.11.7", "torch": "2.12.0"}}, "packages", "node 1 (b): python 3.11.7, torch 2.12.0"),
+        ({"code": "0ther"}, "es_megatron", "Check out the same commit on every node"),
+        ({"manifest": "0ther (10 samples)"}, "data", "Copy the same files"),
+        ({"manifest": "`x.bin` does not exist", "data_ok": False}, "data", "node 1 (b): `x.bin` does not exist"),
+        ({"directory": "what node 0 wrote is not there"}, "run directory", "a file system that all nodes share"),
+        ({"interface": "", "address": ""}, "network interface", "GLOO_SOCKET_IFNAME is not set on node 1"),
+        ({"address": ""}, "network interface", "`eth0` has no IPv4 address, there are lo, eth0"),
+        ({"interface": "eth1"}, "network interface", "the interface of the same name on every node"),
+    ],
+)
+def test_a_node_that_differs_is_named_with_the_cure(changes, what, said):
+    findings = preflight.judge([FACTS, replace(OTHER, **changes)])
+    failed = [finding for finding in findings if not finding.ok]
+    assert [finding.what for finding in failed] == [what]
+    assert said in failed[0].said
+    assert "1 of 5 checks failed: do not start" in preflight.report(findings, 2)
+
+
+def test_one_node_needs_no_interface():
+    assert all(finding.ok for finding in preflight.judge([replace(FACTS, interface="", address="")]))
+
+
+def test_an_interface_that_exists_has_an_address():
+    assert preflight.address_of("lo") == "127.0.0.1"
+    assert preflight.address_of("none0") == ""
+    assert preflight.address_of("") == ""
+
+
+def test_a_folder_that_is_not_shared_or_not_writable_is_told(tmp_path):
+    token = preflight.leave_token(tmp_path)
+    assert preflight.look_at_folder(tmp_path, token)[0] == ""
+    assert "is not there" in preflight.look_at_folder(tmp_path, "another")[0]
+    (tmp_path / "file").write_text("")
+    assert preflight.leave_token(tmp_path / "file" / "run")  # told by what looks for it
+    assert preflight.look_at_folder(tmp_path / "file" / "run", token)[0]
+
+
+def test_a_taken_port_is_told():
+    with socket.socket() as taken, pytest.MonkeyPatch.context() as patch:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        patch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with pytest.raises(LayoutError, match=r"another program has that port.*`master_port`"):
+            preflight.meet(0, 2, 2.0)
+
+
+def test_a_node_that_does_not_come_is_told(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with pytest.raises(LayoutError, match="not every node was started"):
+        preflight.meet(0, 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CHECKOUT / "configs" / "deepspeed").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_shipped_deepspeed_configs_can_be_read(path):
+    from es_megatron.trainer.settings import check_layout, load_settings
+
+    settings = load_settings(path)
+    assert settings.backend == "deepspeed"
+    assert settings.deepspeed.config is not None
+    assert settings.deepspeed.config.with_suffix(".yaml").name == path.name
+    assert (CHECKOUT / settings.deepspeed.config).is_file()
+    ranks = int(path.read_text().split("(")[1].split(" in all")[0])
+    check_layout(settings, ranks)
+    data = settings.parallel.data_parallel(ranks)
+    kept = settings.evolved_sampling.keep_ratio * settings.training.global_batch_size
+    assert kept % (settings.training.micro_batch_size * data) == 0
+
+
+def test_a_wrong_configuration_is_not_hidden_by_the_word_launch(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_launch(tmp_path / "none.yaml")
