@@ -30,7 +30,7 @@ class Trace:
     loss: list[float] = field(default_factory=list)
     """Mean loss of the meta-batch, nan where it is not known."""
     trained: list[float] = field(default_factory=list)
-    """Mean training loss of this rank's micro-batches, nan on ranks without."""
+    """Mean training loss, on DeepSpeed over all ranks."""
     norm: list[float] = field(default_factory=list)
     """Norm of the gradients, nan where DeepSpeed does not tell."""
     scores: tuple[bytes, bytes] = (b"", b"")
@@ -66,4 +66,4 @@ def train(settings: PretrainSettings, stop_at: int | None = None) -> Trace:
 def run(ranks: int, blend: Path, directory: Path, *overrides: str, stop_at: int | None = None) -> list[Trace]:
     """Run the small GPT with some settings changed; gives what each rank saw."""
     settings = small_run.settings_of(blend, directory, *overrides)
-    return run_on_ranks(ranks, train, settings, stop_at, timeout=170)
+    return run_on_ranks(ranks, train, settings, stop_at, timeout=280)

@@ -99,6 +99,14 @@ class Site:
         """The script of the checkout."""
         return str(self.checkout / "pretrain_gpt.py")
 
+    @property
+    def minor_version(self) -> int:
+        """The number after the first point in the version of its Megatron-Core."""
+        text = (self.checkout / "megatron" / "core" / "package_info.py").read_text()
+        found = re.search(r"^MINOR = (\d+)", text, re.MULTILINE)
+        assert found is not None, "no version in the checkout"
+        return int(found[1])
+
     def run(
         self,
         name: str,

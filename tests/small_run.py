@@ -50,10 +50,12 @@ def write_blend(
 
 
 def write_component(prefix: Path, samples: int, seed: int) -> None:
-    """Write `samples` rows of T tokens; some tokens are likelier, so that there is something to learn."""
+    """Write `samples` rows of T tokens; some tokens are likelier, and some rows repeat one: losses soon differ widely."""
     random = np.random.default_rng(seed)
     share = random.dirichlet(np.full(VOCABULARY, 0.3))
     tokens = random.choice(VOCABULARY, samples * T + 1, p=share)
+    for row in np.flatnonzero(random.random(samples) < 0.4):
+        tokens[row * T : (row + 1) * T] = tokens[row * T]
     builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
     builder.add_document(tokens, [len(tokens)])
     builder.finalize(f"{prefix}.idx")

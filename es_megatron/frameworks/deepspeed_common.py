@@ -211,7 +211,7 @@ class DeepSpeedSampling(ABC):
         """Draw a meta-batch, choose, train on the choice, step once, and close the iteration; collective.
 
         Returns:
-            Mean training loss of this rank's micro-batches (float), nan on ranks without losses.
+            Mean training loss (float) over the micro-batches of all ranks, the same on every rank.
 
         Raises:
             LossError: too many losses are not finite, or weights were updated with a gradient that is not.
@@ -222,10 +222,10 @@ class DeepSpeedSampling(ABC):
         result = self.engine.step(batch, self)
         succeeded = bool(self.deepspeed.was_step_applied())
         norm = self.deepspeed.get_global_grad_norm()
-        if succeeded and norm is not None and not np.isfinite(float(norm)):
+        if succeeded and not np.isfinite(float(result if norm is None else norm)):
             raise LossError(
                 f"The gradient of iteration {self.engine.iteration} is not finite, and DeepSpeed has applied it. "
-                "Resume from the last checkpoint with a lower learning rate, or with bf16 and its `check_grad_overflow`."
+                "Resume from the last checkpoint with a lower learning rate, or in bf16 with `check_grad_overflow`."
             )
         self.engine.finish(succeeded)
         return result

@@ -97,7 +97,9 @@ class EngineSampling(DeepSpeedSampling):
         batches = self._micro_batches(work.positions, self.engine.micro_batch)
         with accumulating(self.deepspeed, len(batches)):
             total, found = self._forward_backward(batches, work.weights, step=True)
-        return Trained(total / len(batches), join(found) if work.capture else None)
+        replica = self.engine.replica
+        mean = float(replica.sum_over_dp(np.asarray([total]))[0]) / (len(batches) * replica.dp_size)
+        return Trained(mean, join(found) if work.capture else None)
 
     def train_batches(self, batches: list[Batch]) -> None:
         """Forward and backward without a step, for timing; the gradients are dropped."""

@@ -83,10 +83,8 @@ class PipeSampling(DeepSpeedSampling):
         count = len(work.positions) // size
         found: list[Tensor] = []
         with self._accumulating(count), self._loss(self._training_loss(work.weights, found)):
-            self.deepspeed.train_batch(self._packed(work.positions, size))
-        last = self.deepspeed.is_last_stage()
-        own = float(self.deepspeed.dp_group_loss) if last else float("nan")
-        return Trained(own, join(found) if work.capture else None)
+            mean = self.deepspeed.train_batch(self._packed(work.positions, size))
+        return Trained(float(mean), join(found) if work.capture else None)
 
     def train_batches(self, batches: list[Batch]) -> None:
         """Forward and backward without a step, for timing; the gradients are dropped."""

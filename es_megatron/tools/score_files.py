@@ -115,7 +115,7 @@ def describe(files: ScoreFiles, component: int) -> Distribution:
     samples, seen = int(visits.sum()), int(visits[1:].sum())
     mean = total / seen if seen else np.nan
     upto = np.cumsum(bins)
-    places = [int(np.searchsorted(upto, q * seen, side="right")) for q in QUANTILES]
+    places = [int(np.searchsorted(upto, np.ceil(q * (seen - 1)), side="right")) for q in QUANTILES]
     middles = (np.minimum(places, BINS - 1).astype(np.uint32) << np.uint32(16) | np.uint32(1 << 15)).view(np.float32)
     return Distribution(
         component=files.manifest.components[component].name,
@@ -161,7 +161,7 @@ def compare(first: ScoreFiles, second: ScoreFiles, name: str) -> Difference:
         rows += size
         changed += int(np.count_nonzero((x != y) | (one.visits[:size] != other.visits[:size])))
         x, y = x[kept].astype(np.float64), y[kept].astype(np.float64)
-        sums += [len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y]
+        sums += np.asarray([len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y], dtype=np.float64)
         distance += float(np.abs(y - x).sum())
     count = sums[0]
     if not count:

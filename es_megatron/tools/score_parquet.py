@@ -41,11 +41,11 @@ def arrow() -> tuple[Any, Any]:
         ConfigError: it is not installed.
     """
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     except ImportError as error:
         raise ConfigError("Parquet needs pyarrow. Install it with `pip install 'es_megatron[report]'`.") from error
-    return pyarrow, pyarrow.parquet
+    return pa, pq
 
 
 def export(files: ScoreFiles, target: Path, blend: LoadedBlend | None) -> int:
@@ -124,8 +124,8 @@ def import_scores(source: Path, manifest: Manifest, target: Path) -> dict[str, i
         if len(bad):
             at = bad[0]
             raise DataError(
-                f"Rows of `{name}` in `{source}` must be in [0, {size}) with finite scores >= 0, but row {rows[at]} has "
-                f"score {found[at]} instead. Correct the table, or name the blend that it was made for."
+                f"Rows of `{name}` in `{source}` must be in [0, {size}) with finite scores >= 0, but row {rows[at]} "
+                f"has score {found[at]} instead. Correct the table, or name the blend that it was made for."
             )
         ids = manifest.offsets[numbers[0]] + rows
         score[ids], visits[ids] = found, seen

@@ -78,7 +78,6 @@ class DeepSpeedPasses:
         self.settings, self.sampling = settings, sampling
         self.replica: Replica = sampling.engine.replica
         self.loss_source: int = sampling.loss_source
-        self.has_losses = settings.parallel.pipeline == 1 or bool(sampling.deepspeed.is_last_stage())
 
     def score(self, micro_batches: MicroBatches) -> Float32 | None:
         """See `BarePasses.score`."""
@@ -118,16 +117,9 @@ class DeepSpeedBackend:
         norm = self.deepspeed.get_global_grad_norm()
         record, engine = self.engine.last, self.engine
         assert record is not None
-        trains = self.passes.has_losses
-        count = len(record.chosen) // (engine.micro_batch * engine.replica.dp_size) if trains else 0
-        return Iteration(
-            loss * count if trains else 0.0,
-            count,
-            succeeded,
-            float("nan") if norm is None else float(norm),
-            rate,
-            0.0,
-        )
+        count = len(record.chosen) // (engine.micro_batch * engine.replica.dp_size)
+        known = float("nan") if norm is None else float(norm)
+        return Iteration(loss * count, count, succeeded, known, rate, 0.0)
 
     def evaluate(self, domains: Mapping[str, Rows]) -> dict[str, float]:
         """See `Backend.evaluate`."""

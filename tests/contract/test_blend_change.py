@@ -13,6 +13,7 @@ import yaml
 from es_megatron.checkpoint.es_state import read_manifest, read_state
 from es_megatron.errors import CheckpointError
 from tests.ranks_helper import RankFailure, run_on_ranks
+
 from tests.small_run import T, audit_of, settings_of, train, write_blend, write_component  # isort: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -155,7 +156,7 @@ def test_a_background_save_that_fails_leaves_the_last_one_and_stops_every_rank(t
             return write(folder, scores, replica)
 
         es_state._write_scores = broken
-        with pytest.raises(CheckpointError, match="rank 1: .*iter_0000008.*No space left on device; free space"):
+        with pytest.raises(CheckpointError, match=r"rank 1: .*iter_0000008.*No space left on device; free space"):
             run(settings)
 
     run_on_ranks(2, fail_later, settings_of(blend, directory, *options), timeout=200)

@@ -12,6 +12,7 @@ STOP = 13
 """In the middle of epoch 1 of the larger components, past the edge of a pruned epoch."""
 
 slow = pytest.mark.slow
+pytestmark = pytest.mark.timeout(600)  # seconds on an idle machine
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,7 @@ def assert_equal_runs(traces, expected, tolerance=1e-5):
         assert trace.loss == pytest.approx(expected.loss, abs=tolerance, nan_ok=True)
         known = [(own, of) for own, of in zip(trace.norm, expected.norm, strict=True) if not math.isnan(own)]
         assert [own for own, _ in known] == pytest.approx([of for _, of in known], rel=1e-4)
-    last = [trace.trained for trace in traces if not math.isnan(trace.trained[-1])]
-    replicas = {trace.place[0]: trace.trained for trace in traces if not math.isnan(trace.trained[-1])}
-    assert last
-    for iteration, of in enumerate(expected.trained):
-        mean = sum(trained[iteration] for trained in replicas.values()) / len(replicas)
-        assert mean == pytest.approx(of, abs=tolerance)
+        assert trace.trained == pytest.approx(expected.trained, abs=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +128,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(ranks, overrides, blend, tmp_
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(("old", "new"), [(2, 1), (1, 2)], ids=["2-to-1", "1-to-2"])
 @pytest.mark.slow
-@pytest.mark.timeout(500)
 def test_a_run_goes_on_under_another_data_parallel_size(old, new, stage, blend, reference, tmp_path):
     options = ["backend=deepspeed", ZERO[stage]]
     deepspeed_helper.run(old, blend, tmp_path, *options, stop_at=STOP)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from es_megatron.checkpoint import disk
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
-from es_megatron.errors import CheckpointError, ConfigError
+from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.deepspeed_common import check_engine, mean_loss, prepare
 from es_megatron.frameworks.deepspeed_engine import attach, logits_token_losses
 from tests.ranks_helper import run_on_ranks
@@ -21,7 +21,11 @@ deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed:
 VOCABULARY, T, B, MICRO = 23, 8, 16, 2
 MANIFEST = Manifest((Component("a", "", 40, 40.0, "x"), Component("b", "", 12, 12.0, "y")), T)
 SAMPLES = 12 * B
+SECONDS = 200
+"""Time-out of a test's ranks; they take a few seconds on an idle machine."""
 EVOLVED = {"keep_ratio": 0.5, "pruning_ratio": 0.25, "mask_lag": 2, "anneal": 0.1, "seed": 3}
+
+pytestmark = pytest.mark.timeout(2 * SECONDS + 20)
 
 
 class Rows:
@@ -154,16 +158,38 @@ def test_it_trains_as_torch_does_on_the_chosen_rows_and_steps_once_a_meta_batch(
         assert float(difference) < 2e-6
         return True
 
-    assert all(run_on_ranks(ranks, body, timeout=100))
+    assert all(run_on_ranks(ranks, body, timeout=SECONDS))
 
 
-def test_bf16_with_zero_trains(tmp_path):
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_loss_that_is_not_finite_never_reaches_the_weights_of_a_run_that_goes_on(stage):
+    def spoiled(engine, batch):
+        losses = logits_token_losses(engine, batch)
+        return losses * float("nan") if torch.is_grad_enabled() and engine.global_steps == 1 else losses
+
+    def body():
+        sampling = attach(engine_of(json_of(stage)), MANIFEST, Rows(), train_samples=SAMPLES, token_losses=spoiled)
+        sampling.train_batch()
+        before, scores = weights_of(sampling.deepspeed), sampling.engine.store.score.copy()
+        if stage == 0:  # DeepSpeed does not look
+            with pytest.raises(LossError, match="not finite, and DeepSpeed has applied it"):
+                sampling.train_batch()
+            return True
+        sampling.train_batch()
+        assert torch.equal(weights_of(sampling.deepspeed), before)
+        assert sampling.deepspeed.skipped_steps == 1
+        return bool((sampling.engine.store.score == scores).all())
+
+    assert run_on_ranks(2, body, timeout=SECONDS) == [True, True]
+
+
+def test_bf16_with_zero_trains():
     def body():
         sampling = attached(json_of(2, bf16={"enabled": True}))
         losses = [sampling.train_batch() for _ in range(4)]
         return all(np.isfinite(losses))
 
-    assert run_on_ranks(2, body, timeout=100) == [True, True]
+    assert run_on_ranks(2, body, timeout=SECONDS) == [True, True]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -201,10 +227,10 @@ def test_a_checkpoint_carries_the_es_state_before_latest_names_it(stage, tmp_pat
             chosen.append(sampling.engine.last.chosen.tolist())
         return path, chosen, weights_of(sampling.deepspeed)
 
-    first = run_on_ranks(2, train, timeout=100)
+    first = run_on_ranks(2, train, timeout=SECONDS)
     assert first[0][0] == [("latest", True)]
     assert (tmp_path / "latest").read_text() == "global_step6"
-    again = run_on_ranks(2, go_on, [each[1] for each in first], timeout=100)
+    again = run_on_ranks(2, go_on, [each[1] for each in first], timeout=SECONDS)
     for (_, _, chosen, weights), (path, chosen_again, weights_again) in zip(first, again, strict=True):
         assert "global_step6" in path
         assert chosen_again == chosen
@@ -223,7 +249,7 @@ def test_a_checkpoint_without_es_state_is_refused_unless_asked_for(tmp_path):
         assert sampling.deepspeed.load_checkpoint(str(tmp_path), es_state=False)[0] is not None
         return sampling.engine.iteration
 
-    assert run_on_ranks(2, body, timeout=100) == [0, 0]
+    assert run_on_ranks(2, body, timeout=SECONDS) == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +270,7 @@ def test_what_cannot_work_is_refused_before_the_first_iteration(settings, messag
             attached(settings)
         return True
 
-    assert run_on_ranks(1, body, timeout=100) == [True]
+    assert run_on_ranks(1, body, timeout=SECONDS) == [True]
 
 
 @pytest.mark.parametrize(
@@ -286,4 +312,4 @@ def test_settings_may_be_a_json_file_or_passed(tmp_path):
         given = attached(json_of(1, evolved=None), config=EvolvedSamplingConfig(**EVOLVED)).engine.config
         return from_file == given
 
-    assert run_on_ranks(1, body, timeout=100) == [True]
+    assert run_on_ranks(1, body, timeout=SECONDS) == [True]

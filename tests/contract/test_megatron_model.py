@@ -255,6 +255,7 @@ def test_group_adam_equals_torchs_adamw_bit_for_bit():
 
 def test_the_layer_can_be_taken_off_again():
     def on_and_off():
+        cpu.uninstall()  # another test file may have put it on
         before = (torch.empty, torch.Tensor.to, torch.Tensor.type, torch.cuda.current_device, torch.compile)
         assert cpu.install()
         during = (torch.empty, torch.Tensor.to, torch.Tensor.type, torch.cuda.current_device, torch.compile)
@@ -274,6 +275,7 @@ def test_the_layer_can_be_taken_off_again():
 
 def test_the_layer_keeps_away_from_cuda(monkeypatch):
     def with_cuda():
+        cpu.uninstall()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         before = dict(vars(torch)), dict(vars(torch.cuda)), torch.Tensor.to
         assert not cpu.install()
