@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help venv style format check test test-fast test-deepspeed test-megatron-lm demo results-quick clean
+.PHONY: help venv style format check test test-all test-deepspeed test-megatron-lm demo results-quick clean
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
 TORCH ?= torch==2.13.0
@@ -23,7 +23,7 @@ export DS_ACCELERATOR ?= cpu
 export DS_BUILD_OPS ?= 0
 
 help:
-	@echo "make venv | style | format | check | test | test-fast | test-deepspeed | test-megatron-lm | demo | results-quick | clean"
+	@echo "make venv | style | format | check | test | test-all | test-deepspeed | test-megatron-lm | demo | results-quick | clean"
 
 venv: $(STAMP)
 
@@ -48,10 +48,10 @@ check: style
 	$(BIN)/lint-imports --no-logo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-
-test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-deepspeed: $(STAMP)
 	$(BIN)/python -m pytest -k deepspeed $(PYTEST_ARGS)

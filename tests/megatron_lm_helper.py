@@ -62,10 +62,14 @@ class Outcome:
     text: str
     audit: list[dict[str, Any]]
 
-    def values(self, name: str) -> dict[int, str]:
-        """What Megatron's log line says under a name, as text, by iteration."""
+    def values(self, name: str, after: int) -> dict[int, str]:
+        """What Megatron's log line says under a name, as text, for iterations after one.
+
+        The first line of a process is best left out: other ranks report their memory at the same time, and into it.
+        """
         pattern = re.compile(rf"^(?: \[[^]]*\])? iteration +(\d+)/.*\| {re.escape(name)}: +([^|]*?) +\|")
-        return {int(found[1]): found[2] for line in self.text.splitlines() if (found := pattern.search(line))}
+        lines = (pattern.search(line) for line in self.text.splitlines())
+        return {int(found[1]): found[2] for found in lines if found is not None and int(found[1]) > after}
 
     def meta_losses(self) -> list[float]:
         """Mean loss of each meta-batch, as our own log line tells it."""

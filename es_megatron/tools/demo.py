@@ -18,7 +18,7 @@ from typing import Any
 from es_megatron.errors import EsError
 from es_megatron.tools.resources import resource
 
-PREPARE = ("--demo", "--vocab-size", "2000", "--max-megabytes", "0.9", "--validation-share", "0.1")
+PREPARE = ("--demo", "--vocab-size", "2000", "--max-megabytes", "0.7", "--validation-share", "0.1")
 ARMS: Mapping[str, tuple[str, ...]] = {
     "plain": ("evolved_sampling.arm=plain", "evolved_sampling.pruning_ratio=0"),
     "eswp": (),

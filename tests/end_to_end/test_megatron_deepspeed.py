@@ -85,8 +85,8 @@ def test_other_layouts_select_and_end_with_their_schedule(site: Site, name: str,
     outcome = run(site, name, [*flags, *SCORES], ranks)
     chosen = outcome.chosen()
     assert {len(ids) for ids in chosen.values()} == {4, 16}
-    rates = outcome.values("learning rate")
-    assert list(rates) == list(range(1, len(chosen) + 1))
+    rates = outcome.values("learning rate", after=1)
+    assert list(rates) == list(range(2, len(chosen) + 1))
     assert float(rates[len(chosen)]) == pytest.approx(1e-4)
 
 
