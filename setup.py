@@ -69,6 +69,7 @@ setup(
         "safetensors>=0.4",
         "pyyaml>=6",
         "tqdm>=4.60",
+        "packaging",
         "psutil>=5.9",  # megatron-core needs it to save, and does not declare it
     ],
     extras_require={"deepspeed": DEEPSPEED, "report": REPORT, "dev": DEV},

@@ -50,7 +50,7 @@ def write_blend(
 
 
 def write_component(prefix: Path, samples: int, seed: int) -> None:
-    """Write `samples` rows of T tokens; some tokens are likelier, and some rows repeat one: losses soon differ widely."""
+    """Write `samples` rows of T tokens; some tokens are likelier, some rows repeat one: losses differ."""
     random = np.random.default_rng(seed)
     share = random.dirichlet(np.full(VOCABULARY, 0.3))
     tokens = random.choice(VOCABULARY, samples * T + 1, p=share)

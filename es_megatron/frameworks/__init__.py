@@ -1,1 +1,1 @@
-"""The training frameworks Evolved Sampling attaches to; with the trainer, the only importers of megatron and deepspeed."""
+"""The training frameworks Evolved Sampling attaches to; with the trainer, the only importers of their packages."""

@@ -255,10 +255,10 @@ def batches_of(ranks: int, masks: list[KeptMask]) -> str:
     crc = 0
     for iteration in range(BEFORE - 60, BEFORE - 60 + AFTER):
         rows = np.full(META_BATCH, -1)
+        open_masks = {key: masks[key[0]] for key in needed(schedule, iteration)}
         for rank, sampler in enumerate(samplers):
             own = positions_of(rank, ranks, META_BATCH, 1)
-            for component, epoch in needed(schedule, iteration):
-                sampler.masks.setdefault((component, epoch), masks[component])
+            sampler.masks = open_masks
             component, _, row = sampler.rows(iteration * META_BATCH + own)
             rows[own] = sampler.manifest.sample_ids(component, row)
         assert rows.min() >= 0

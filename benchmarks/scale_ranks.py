@@ -1,0 +1,132 @@
+"""What several ranks do together: the exchange and update of a step, checkpoints, and moving between numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from benchmarks.scale_measure import measured, resident
+from benchmarks.scale_prune import config, fill, one_component
+from es_megatron.checkpoint import ScoreRange, load_es_state, save_es_state
+from es_megatron.parallel import Replica
+from es_megatron.scores.store import ScoreStore
+
+META_BATCH = 16_384
+STEPS = 40
+
+
+def on_ranks(ranks: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Run a function on gloo ranks, each a forked process; what each returned, by rank."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_rank, args=(rank, ranks, Path(folder), body, arguments)) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"A rank ended with exit codes {[process.exitcode for process in processes]}.")
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, folder: Path, body: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    told = body(Replica.data_parallel(), *arguments)
+    (folder / f"{rank}.json").write_text(json.dumps({**told, "rss": resident("VmHWM")}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def evolve(samples: int, ranks: int) -> dict[str, Any]:
+    """Share losses, look scores up, evolve and commit a meta-batch of 16,384; median step of the slowest rank."""
+    told = on_ranks(ranks, _evolve, samples)
+    names = ("step_ms", "exchange_ms", "losses_alone_ms", "debiased_step_ms")
+    return {
+        "samples": samples,
+        "ranks": ranks,
+        **{name: max(each[name] for each in told) for name in names},
+        "rss_gb": sum(each["rss"] for each in told) / 1e9,
+    }
+
+
+def _evolve(replica: Replica, samples: int) -> dict[str, Any]:
+    store = ScoreStore(one_component(samples), config(), replica)
+    fill(store)
+    debiased = ScoreStore(one_component(samples), config(score_correction="debiased"), replica)
+    debiased.score, debiased.visits = store.score, store.visits
+    times: dict[str, list[float]] = {"step": [], "exchange": [], "losses_alone": [], "debiased_step": []}
+    random = np.random.default_rng(0)
+    own = np.arange(META_BATCH) % replica.dp_size == replica.dp_rank
+    component = np.zeros(META_BATCH, np.int64)
+    for iteration in range(STEPS):
+        ids = random.integers(0, samples, META_BATCH)
+        loss = np.where(own, random.lognormal(0.5, 0.3, META_BATCH), 0).astype(np.float32)
+        for name, each in (("step", store), ("debiased_step", debiased)):
+            replica.barrier()
+            began = time.perf_counter()
+            found, shared = each.exchange(ids, loss)
+            exchanged = time.perf_counter()
+            each.evolve(iteration, ids, found, each.usable(component, found), shared)
+            each.commit(iteration)
+            times[name].append(time.perf_counter() - began)
+            if name == "step":
+                times["exchange"].append(exchanged - began)
+        replica.barrier()
+        began = time.perf_counter()
+        replica.sum_over_dp(loss)
+        times["losses_alone"].append(time.perf_counter() - began)
+    return {f"{name}_ms": 1e3 * statistics.median(found[5:]) for name, found in times.items()}
+
+
+def checkpoint(samples: int, folder: str) -> dict[str, Any]:
+    """Save on 2 ranks, load on 2, and on 1 and 3 (a move between numbers of ranks)."""
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        saved = on_ranks(2, _save, samples, root)
+        result: dict[str, Any] = {
+            "samples": samples,
+            "bytes": saved[0]["bytes"],
+            "save_s": max(each["seconds"] for each in saved),
+            "save_extra_bytes_per_sample": sum(each["extra"] for each in saved) / samples,
+            "snapshot_s": max(each["snapshot"] for each in saved),
+        }
+        sums = sum(each["sum"] for each in saved)
+        for ranks, name in ((2, "load"), (1, "reshard_2_to_1"), (3, "reshard_2_to_3")):
+            loaded = on_ranks(ranks, _load, samples, root)
+            assert sum(each["sum"] for each in loaded) == sums
+            result[f"{name}_s"] = max(each["seconds"] for each in loaded)
+            result[f"{name}_extra_bytes_per_sample"] = sum(each["extra"] for each in loaded) / samples
+    return result
+
+
+def _save(replica: Replica, samples: int, root: str) -> dict[str, Any]:
+    manifest = one_component(samples)
+    store = ScoreStore(manifest, config(), replica)
+    fill(store)
+    scores = ScoreRange(samples, store.low, store.score, store.visits)
+    with measured() as cost:
+        report = save_es_state(Path(root) / "es_state", scores, {}, {}, manifest.to_json(), replica)
+    with measured() as snapshot:  # what training waits for when the rest is written in the background
+        copies = store.score.copy(), store.visits.copy()
+    told = {"bytes": report.bytes, "seconds": cost.seconds, "extra": cost.extra_bytes, "snapshot": snapshot.seconds}
+    return {**told, "sum": _sum(*copies)}
+
+
+def _load(replica: Replica, samples: int, root: str) -> dict[str, Any]:
+    with measured() as cost:
+        state = load_es_state(Path(root) / "es_state", samples, replica)
+    return {"seconds": cost.seconds, "extra": cost.extra_bytes, "sum": _sum(state.score, state.visits)}
+
+
+def _sum(score: Any, visits: Any) -> int:
+    return int(score.view(np.uint32).sum(dtype=np.uint64)) + int(visits.sum(dtype=np.uint64))
