@@ -34,11 +34,12 @@ SPARE_BYTES = 1 << 30
 BYTES_PER_SAMPLE = 5
 
 GLOO_TEST = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
 value = torch.ones(3)
 dist.all_reduce(value)
-print(int(value.sum()))
+print(int(value.sum()), flush=True)
+os._exit(0)  # gloo's threads may still run, and ending them is not what is tried here
 """
 
 PATCH_TEST = """
