@@ -82,7 +82,9 @@ def choice(samples: int) -> dict[str, Any]:
     with measured() as cost:
         weight = np.where(store.visits == 0, np.float32(store.start), store.score).astype(np.float64)
         weight /= weight.sum()
-        kept = np.random.default_rng(0).choice(samples, kept_count(samples, RATIO), replace=False, p=weight, shuffle=False)
+        kept = np.random.default_rng(0).choice(
+            samples, kept_count(samples, RATIO), replace=False, p=weight, shuffle=False
+        )
     assert len(kept) == kept_count(samples, RATIO)
     return {
         "samples": samples,

@@ -1,4 +1,4 @@
-"""What several ranks do together: the exchange and update of a step, checkpoints, and moving between numbers of ranks."""
+"""What several ranks do together: exchange and update of a step, checkpoints, moving between numbers of ranks."""
 
 from __future__ import annotations
 

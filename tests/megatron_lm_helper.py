@@ -23,6 +23,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 SCORES = ["--es-pruning-ratio", "0.25", "--es-keep-ratio", "0.25", "--es-mask-lag", "2"]
 """ESWP with b = 4 of B = 16; epochs of 161 and 90 rows are pruned several times in 70 iterations."""
 
+RUN_SECONDS = 900
+"""How long a run may take; on an idle machine it takes about 15."""
+
 MODEL = shlex.split("""
     --distributed-backend gloo --use-cpu-initialization --transformer-impl local --tokenizer-type NullTokenizer
     --vocab-size 127 --make-vocab-size-divisible-by 64 --no-gradient-accumulation-fusion --no-persist-layer-norm
@@ -139,19 +142,11 @@ class Site:
         command += [*start, script or self.script, *model, *data, *flags]
         if any(flag.startswith("--es") for flag in flags):
             command += ["--es-audit", str(audit)]
-        done = subprocess.run(
-            command,
-            check=False,
-            cwd=self.root,
-            env=self.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=540,
-        )
-        text = done.stdout.decode(errors="replace")
-        (self.root / f"{name}.log").write_text(text)
+        log = self.root / f"{name}.log"
+        code = run_to_end(command, log, self.root, self.environment())
+        text = log.read_text(errors="replace")
         lines = audit.read_text().splitlines() if audit.exists() else []
-        return Outcome(done.returncode, text, [json.loads(line) for line in lines])
+        return Outcome(code, text, [json.loads(line) for line in lines])
 
     def environment(self) -> dict[str, str]:
         """One thread a rank; this Python and our python3-config first."""
@@ -164,6 +159,20 @@ class Site:
             "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
             "SCRIPT_FOLDER": str(self.checkout),
         }
+
+
+def run_to_end(command: Sequence[str], log: Path, folder: Path, environment: dict[str, str]) -> int:
+    """Run a command with its output in a file; end it on time-out by the signal that torchrun hands on."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            return process.wait(RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait(60)
+            return process.returncode
+        finally:
+            process.kill()
 
 
 def write_component(prefix: Path, documents: int, seed: int) -> None:

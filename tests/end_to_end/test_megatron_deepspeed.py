@@ -14,7 +14,7 @@ CHECKOUT = os.environ.get("MEGATRON_DEEPSPEED", "")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(4000),
     pytest.mark.skipif(
         not CHECKOUT, reason="needs a checkout: MEGATRON_DEEPSPEED=FOLDER make test-megatron-lm (DeepSpeed installed)"
     ),

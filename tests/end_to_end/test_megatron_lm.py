@@ -13,7 +13,7 @@ CHECKOUT = os.environ.get("MEGATRON_LM", "")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(4000),
     pytest.mark.skipif(
         not CHECKOUT, reason="needs a checkout of Megatron-LM: MEGATRON_LM=FOLDER make test-megatron-lm"
     ),
