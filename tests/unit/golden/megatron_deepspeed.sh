@@ -1,6 +1,6 @@
 #!/bin/sh
 # Megatron-DeepSpeed, 1.3B, ZeRO 1 with 2 stages
-BASE=/work/megatron-deepspeed
+BASE=/data/megatron-deepspeed
 NGPU=16
 GLOBAL=256
 MICRO=4
