@@ -21,7 +21,7 @@ from es_megatron.parallel import Replica
 from es_megatron.scores.store import ScoreStore
 
 META_BATCH = 16_384
-STEPS = 40
+STEPS = 105
 
 
 def on_ranks(ranks: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:

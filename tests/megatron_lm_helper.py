@@ -10,6 +10,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,13 +139,16 @@ class Site:
         data = ["--data-path", "0.6", str(self.root / "books"), "0.4", str(self.root / "code")]
         data += ["--data-cache-path", str(self.root / "cache")]
         start = ["-m", "es_megatron.run"] if patched else [str(self.root / "untouched.py")]
+        told = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.root))  # by rank: on one pipe their lines get mixed up
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["--redirects", "3", "--log-dir", str(told)]
         command += [*start, script or self.script, *model, *data, *flags]
         if any(flag.startswith("--es") for flag in flags):
             command += ["--es-audit", str(audit)]
         log = self.root / f"{name}.log"
         code = run_to_end(command, log, self.root, self.environment())
-        text = log.read_text(errors="replace")
+        text = "".join(file.read_text(errors="replace") for file in [*sorted(told.glob("**/*.log")), log])
+        log.write_text(text)
         lines = audit.read_text().splitlines() if audit.exists() else []
         return Outcome(code, text, [json.loads(line) for line in lines])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from es_megatron.frameworks import deepspeed_common
-from es_megatron.frameworks.megatron_lm_cpu import StandInFinder
+from es_megatron.frameworks.megatron_lm_cpu import StandInFinder, leave_groups
 
 STAND_INS = ("megatron.model.vision.knn_monitor", "deepspeed.compression.compress")
 """Modules a stand-in is always imported for: they ask for CUDA at import, or are gone from newer DeepSpeed."""
@@ -34,6 +35,7 @@ def install() -> bool:
     missing = [name for name in OPTIONAL_STAND_INS if importlib.util.find_spec(name) is None]
     sys.meta_path.insert(0, StandInFinder([*STAND_INS, *missing]))
     _let_views_copy()
+    atexit.register(leave_groups)
     return True
 
 

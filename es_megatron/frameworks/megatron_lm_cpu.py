@@ -7,6 +7,7 @@ have. Where CUDA is available nothing is changed at all.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import importlib.abc
@@ -44,11 +45,18 @@ def install() -> bool:
     if not hasattr(typing, "override"):  # Python 3.12's, which megatron-core 0.17 and later import
         typing.override = lambda function: function  # pyright: ignore[reportAttributeAccessIssue]
     if not hasattr(np, "product"):  # gone from numpy 2; core_v0.14 and before save distributed checkpoints with it
-        vars(np)["product"] = np.prod
+        np.__dict__["product"] = np.prod
     importlib.import_module("torch._dynamo")  # which would take a stand-in for triton at its word; torch.optim loads it
     names = [name for name in STAND_INS if "." in name or importlib.util.find_spec(name) is None]
     sys.meta_path.insert(0, StandInFinder(names))
+    atexit.register(leave_groups)
     return True
+
+
+def leave_groups() -> None:
+    """End gloo's threads, which the scripts leave running at their end: now and then those abort the exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def adapt_megatron_core() -> None:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +49,12 @@ class Lookup(NamedTuple):
 
     score: Float32
     visits: UInt8
+    means: Float32 | None = None
+    """`component_means` at that moment, where they came along."""
 
 
 class Staged(NamedTuple):
-    """An update that waits for its optimizer step."""
+    """An update of this rank's samples that waits for its optimizer step."""
 
     iteration: int
     ids: Int64
@@ -81,10 +83,10 @@ class ScoreStore:
 
     def lookup_local(self, ids: Int64) -> Lookup:
         """Stored scores of the ids this rank owns, 0 for the others: summed over ranks that is the whole lookup."""
-        mine = (ids >= self.low) & (ids < self.high)
-        slot = ids[mine] - self.low
+        mine = np.flatnonzero((ids >= self.low) & (ids < self.high))
+        slot = ids.take(mine) - self.low
         score, visits = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.uint8)
-        score[mine], visits[mine] = self.score[slot], self.visits[slot]
+        score[mine], visits[mine] = self.score.take(slot), self.visits.take(slot)
         return Lookup(score, visits)
 
     def exchange(self, ids: Int64, loss: Float32) -> tuple[Lookup, Float32]:
@@ -99,13 +101,22 @@ class ScoreStore:
         """
         local = self.lookup_local(ids)
         packed = np.stack([local.score, local.visits.astype(np.float32), loss])
-        score, visits, losses = self.replica.sum_over_dp(packed)
-        return Lookup(score, visits.astype(np.uint8)), losses
+        if self.config.correction == "paper":
+            score, visits, losses = self.replica.sum_over_dp(packed)
+            return Lookup(score, visits.astype(np.uint8)), losses
+        # The sums that means are made of come along: float64 holds whole numbers exactly up to 2^53.
+        wide = np.concatenate([packed.reshape(-1), self._sums.reshape(-1)], dtype=np.float64)
+        wide = self.replica.sum_over_dp(wide)
+        score, visits, losses = wide[: packed.size].reshape(packed.shape).astype(np.float32)
+        means = self._means_of(wide[packed.size :].reshape(self._sums.shape))
+        return Lookup(score, visits.astype(np.uint8), means), losses
 
     def usable(self, component: Int64, found: Lookup) -> Float32:
         """Scores as they are used for choosing, float32[B]; unseen ones count as `usable_scores` says."""
-        unseen = self.component_means()[component] if self.config.correction == "debiased" else 0.0
-        return self._usable(found.score, found.visits, unseen)
+        if self.config.correction == "paper":
+            return self._usable(found.score, found.visits, 0.0)
+        means = self.component_means() if found.means is None else found.means
+        return self._usable(found.score, found.visits, means[component])
 
     def evolve(self, iteration: int, ids: Int64, found: Lookup, used: Float32, loss: Float32) -> Float32:
         """Stage new scores of a meta-batch and return its sampling weights (eq. 2.5).
@@ -124,9 +135,9 @@ class ScoreStore:
         """
         old = np.where(found.visits == 0, np.float32(self.start), found.score)
         evolved = evolve(loss, old, used, self.config.beta1, self.config.decay)
-        finite = np.flatnonzero(np.isfinite(loss))
-        unique, first = np.unique(ids[finite], return_index=True)
-        self._staged = Staged(iteration, unique, evolved.score_B[finite[first]])
+        own = np.flatnonzero(np.isfinite(loss) & (ids >= self.low) & (ids < self.high))
+        unique, first = np.unique(ids[own], return_index=True)
+        self._staged = Staged(iteration, unique, evolved.score_B[own[first]])
         return evolved.weight_B
 
     def commit(self, iteration: int) -> None:
@@ -134,13 +145,14 @@ class ScoreStore:
         staged, self._staged = self._staged, None
         if staged is None or staged.iteration != iteration:
             return
-        mine = (staged.ids >= self.low) & (staged.ids < self.high)
-        slot = staged.ids[mine] - self.low
-        component, _ = self.manifest.locate(staged.ids[mine])
-        self._count(component, slot, -1)
-        self.score[slot] = staged.score[mine]
-        self.visits[slot] = np.minimum(self.visits[slot], MAX_VISITS - 1) + 1
-        self._count(component, slot, +1)
+        slot = staged.ids - self.low
+        component, _ = self.manifest.locate(staged.ids)
+        visits = self.visits[slot]
+        before = np.where(visits > 0, self._units(self.score[slot], visits), 0)
+        now = np.minimum(visits, MAX_VISITS - 1) + 1
+        self._sums[:, 0] += self._by_component(component, self._units(staged.score, now) - before)
+        self._sums[:, 1] += self._by_component(component, visits == 0)
+        self.score[slot], self.visits[slot] = staged.score, now
 
     def discard(self) -> None:
         """Forget what was staged: the step was skipped."""
@@ -148,7 +160,9 @@ class ScoreStore:
 
     def component_means(self) -> Float32:
         """Mean used score of the seen samples of each component, float32[C]; 1/n where none is seen."""
-        total = self.replica.sum_over_dp(self._sums)
+        return self._means_of(self.replica.sum_over_dp(self._sums))
+
+    def _means_of(self, total: npt.NDArray[Any]) -> Float32:
         mean = total[:, 0] / (np.maximum(total[:, 1], 1) * SUM_UNIT)
         return np.where(total[:, 1] > 0, mean, self.start).astype(np.float32)
 
@@ -215,12 +229,9 @@ class ScoreStore:
         """Used scores of seen samples in integer units."""
         return np.rint(self._usable(score, visits, 0.0).astype(np.float64) * SUM_UNIT).astype(np.int64)
 
-    def _count(self, component: Int64, slot: Int64, sign: int) -> None:
-        """Take samples into the sums of their components (+1), or out of them (-1)."""
-        seen = self.visits[slot] > 0
-        slot, component = slot[seen], component[seen]
-        np.add.at(self._sums[:, 0], component, sign * self._units(self.score[slot], self.visits[slot]))
-        np.add.at(self._sums[:, 1], component, sign)
+    def _by_component(self, component: Int64, amount: npt.NDArray[Any]) -> Int64:
+        """Sums of whole numbers by component, int64[C]; below 2^53 they are exact."""
+        return np.bincount(component, amount, len(self._sums)).astype(np.int64)
 
     def _usable(self, score: Float32, visits: UInt8, unseen: float | Float32) -> Float32:
         return usable_scores(score, visits, self.config.decay, self.start, self.config.correction, unseen)

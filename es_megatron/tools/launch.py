@@ -284,7 +284,7 @@ def torchrun_command(
 ) -> tuple[str, ...]:
     """The same by torchrun's c10d rendezvous."""
     start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(cluster.nodes)]
-    start += ["--nproc-per-node", str(processes), "--node-rank", str(node_rank)]
+    start += ["--nproc-per-node", str(processes)]
     address = settings.master_addr or (cluster.hosts[0] if cluster.hosts else "127.0.0.1")
     start += [
         "--rdzv-backend",

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from es_megatron.errors import LayoutError
 from tests.ranks_helper import run_on_ranks
-from tests.small_run import META_BATCH, SIZES, History, audit_of, settings_of, train, write_blend
+from tests.small_run import META_BATCH, SIZES, History, Trainer, audit_of, settings_of, train, write_blend
 
 LONG = f"training.train_samples={76 * META_BATCH}"
 SHORT = f"training.train_samples={30 * META_BATCH}"
@@ -187,22 +188,18 @@ def test_arms_differ_where_they_should(run: Run) -> None:
 
 def test_a_rank_whose_copy_of_the_scores_differs_stops_the_run_everywhere(tmp_path: Path) -> None:
     """Invariant 9 at run time."""
-    from es_megatron.errors import LayoutError
-    from es_megatron.trainer.loop import Trainer
 
     def spoil(trainer: Trainer, iteration: int) -> None:
         if iteration == 3 and trainer.replica.world_rank == 1:
             trainer.engine.store.score[0] += 1
 
+    overrides = (SHORT, "parallel.pipeline=2", "run.save_interval=6")
+    settings = settings_of(write_blend(tmp_path / "data"), tmp_path / "run", *overrides)
+
     def run_spoiled() -> str:
-        settings = settings_of(
-            write_blend(tmp_path / "data"), tmp_path / "run", SHORT, "parallel.pipeline=2", "run.save_interval=6"
-        )
         with pytest.raises(LayoutError, match="differ") as raised:
             train(settings, after=spoil)
         return str(raised.value)
 
-    blend = write_blend(tmp_path / "data")
-    assert blend.exists()
     told = run_on_ranks(2, run_spoiled)
     assert len(set(told)) == 1

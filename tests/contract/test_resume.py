@@ -199,6 +199,14 @@ def test_terminated_before_the_first_iteration(start: Start, tmp_path: Path) -> 
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "iter_0000000"
 
 
+@pytest.fixture(scope="module")
+def saved(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with one checkpoint."""
+    directory = tmp_path_factory.mktemp("saved") / "run"
+    start(directory, 2, stop=2)
+    return directory
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -210,32 +218,14 @@ def test_terminated_before_the_first_iteration(start: Start, tmp_path: Path) -> 
     ],
     ids=lambda value: value.split(".")[-1].split("=")[0] if "=" in value else "",
 )
-def test_the_checkpoint_of_another_run_is_refused(
-    override: str, message: str, start: Start, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    directory = first_checkpoint(start, tmp_path_factory)
-
+def test_the_checkpoint_of_another_run_is_refused(override: str, message: str, saved: Path) -> None:
     def refused(settings: Any) -> str:
         with pytest.raises(CheckpointError) as raised:
             Trainer(settings)
         return str(raised.value)
 
-    blend = directory.parent / "data" / "blend.yaml"
-    if not blend.exists():
-        write_blend(blend.parent)
+    blend = write_blend(saved.parent / "data")
     samples = f"training.train_samples={(ITERATIONS + 7) * META_BATCH}"
-    for told in run_on_ranks(2, refused, settings_of(blend, directory, samples, override)):
+    for told in run_on_ranks(2, refused, settings_of(blend, saved, samples, override)):
         assert message in told
         assert "start a new run directory" in told
-
-
-_made: list[Path] = []
-
-
-def first_checkpoint(start: Start, factory: pytest.TempPathFactory) -> Path:
-    """A run directory with one checkpoint, made once."""
-    if not _made:
-        directory = factory.mktemp("other") / "run"
-        start(directory, 2, stop=2)
-        _made.append(directory)
-    return _made[0]

@@ -75,7 +75,8 @@ def test_without_ssh_every_node_has_its_number(tmp_path, capsys):
 def test_torchrun_meets_by_c10d(tmp_path, capsys):
     check, run = lines_of(dry(write(tmp_path), "--launcher", "torchrun", capsys=capsys))
     found = options(run)
-    assert (found["--nnodes"], found["--nproc-per-node"], found["--node-rank"]) == ("2", "4", "0")
+    assert (found["--nnodes"], found["--nproc-per-node"]) == ("2", "4")
+    assert found["--rdzv-conf"] == "is_host=1"
     assert (found["--rdzv-backend"], found["--rdzv-endpoint"]) == ("c10d", "10.0.0.1:29500")
     assert options(check)["--nproc-per-node"] == "1"
 
