@@ -95,6 +95,10 @@ class StepRecord(NamedTuple):
     """Sequences with a non-finite loss."""
     seconds: dict[str, float]
     """Wall-clock of `score`, `train`, `exchange` and `order`."""
+    drawn: Int64 = np.zeros(0, dtype=np.int64)
+    """Component of each sequence of the meta-batch, chosen or not."""
+    skipped_loss: float = float("nan")
+    """Mean loss of the sequences that were not chosen, where known, else nan."""
 
 
 class Choice(NamedTuple):
@@ -395,11 +399,11 @@ class EvolvedSampling:
             chosen=batch.id[positions],
             components=batch.component[positions],
             meta_loss=float(loss[finite].mean(dtype=np.float64)) if finite.all() else float("nan"),
-            chosen_loss=float(chosen[np.isfinite(chosen)].mean(dtype=np.float64))
-            if np.isfinite(chosen).any()
-            else float("nan"),
+            chosen_loss=mean_of_finite(chosen),
             bad=int(np.count_nonzero(~np.isfinite(loss if scored else chosen))) if self.config.scores else 0,
             seconds=dict(self._seconds),
+            drawn=batch.component,
+            skipped_loss=mean_of_finite(np.delete(loss, positions)),
         )
 
     @contextmanager
@@ -409,3 +413,9 @@ class EvolvedSampling:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def mean_of_finite(loss: Float32) -> float:
+    """Mean of the losses that are finite, nan where none is."""
+    finite = loss[np.isfinite(loss)]
+    return float(finite.mean(dtype=np.float64)) if len(finite) else float("nan")
