@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_megatron.engine import StepRecord
-from es_megatron.plan import FORWARD_COST, TRAIN_COST, Plan
+from es_megatron.plan import FORWARD_COST, TRAIN_COST, Layout, Plan, nominal, predict
 
 Int64 = npt.NDArray[np.int64]
 
@@ -89,6 +90,51 @@ def saved_share(plan: Plan, iterations: int, totals: RunTotals) -> float:
     stood_for = schedule.origin.stood_for + float((schedule.passes(iterations) * schedule.manifest.sizes).sum())
     cost = FORWARD_COST * totals.sequences_scored + TRAIN_COST * totals.sequences_trained
     return 1.0 - cost / (TRAIN_COST * stood_for) if stood_for else 0.0
+
+
+def scoring_price(plan: Plan) -> float:
+    """Cost of a scoring pass over a sequence in forward units, 0 where there is none."""
+    scored = plan.sequences_scored
+    return (plan.cost - TRAIN_COST * plan.sequences_trained) / scored if scored else 0.0
+
+
+def plan_facts(plan: Plan, layout: Layout, seq_length: int) -> dict[str, Any]:
+    """What `describe` tells of a run before its first iteration, JSON-able.
+
+    Args:
+        plan: the run.
+        layout: what its passes cost, measured or assumed.
+        seq_length: tokens of a sequence.
+    """
+    config, components = plan.config, plan.schedule.manifest.components
+    weights = sum(component.weight for component in components)
+    as_given, as_nominal = predict(plan, layout), predict(plan, nominal(layout))
+    return {
+        "arm": config.arm,
+        "scorer": config.scorer if config.scores else None,
+        "granularity": config.granularity,
+        "pruning_ratio": config.pruning_ratio if config.prunes else 0.0,
+        "anneal": config.anneal,
+        "meta_batch": plan.meta_batch,
+        "kept": plan.kept,
+        "seq_length": seq_length,
+        "iterations": plan.schedule.iterations,
+        "plain_iterations": plan.plain_iterations,
+        "selecting_iterations": plan.evolving_iterations,
+        "scoring_iterations": plan.scored_iterations,
+        "sequences_scored": plan.sequences_scored,
+        "sequences_trained": plan.sequences_trained,
+        "scoring_price": scoring_price(plan),
+        "components": [
+            {"name": each.name, "samples": each.samples, "share": each.weight / weights, "passes": float(count)}
+            for each, count in zip(components, plan.passes, strict=True)
+        ],
+        "layout": dataclasses.asdict(layout),
+        "nominal_saving": as_nominal.saving,
+        "nominal_saving_selecting": as_nominal.selecting,
+        "layout_saving": as_given.saving,
+        "layout_saving_selecting": as_given.selecting,
+    }
 
 
 @dataclass(frozen=True)

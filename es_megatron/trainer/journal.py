@@ -1,4 +1,4 @@
-"""What a run tells: log lines, progress bar, TensorBoard, audit log of chosen ids, summary. Rank 0 speaks."""
+"""What a run tells: log lines, metrics, progress bar, TensorBoard, audit log of chosen ids, summary. Rank 0 speaks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from tqdm import tqdm
 
 from es_megatron.engine import StepRecord
 from es_megatron.errors import ConfigError
-from es_megatron.metrics import LogEntry
+from es_megatron.metrics import LogEntry, plan_facts
+from es_megatron.plan import Layout, Plan
+from es_megatron.trainer.backend import Iteration
+from es_megatron.trainer.metrics_file import MetricsFile
 from es_megatron.trainer.settings import PretrainSettings
 
 
 class Journal:
     """The outputs of a run; on other ranks than 0 every method does nothing."""
 
-    def __init__(self, settings: PretrainSettings, speaks: bool, iterations: int, start: int) -> None:
+    def __init__(self, settings: PretrainSettings, speaks: bool, plan: Plan, layout: Layout, start: int) -> None:
         """Open what the settings ask for.
 
         Args:
             settings: of the run.
             speaks: whether this is rank 0.
-            iterations: planned length.
+            plan: of the run.
+            layout: what its passes cost, as measured.
             start: iteration the run begins or resumes at.
 
         Raises:
@@ -41,16 +45,19 @@ class Journal:
         self._board: Any = None
         self._bar: tqdm[Any] | None = None
         self._log: TextIO | None = None
+        self._metrics: MetricsFile | None = None
         if not speaks:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         self._log = (self._directory / "log.txt").open("a", encoding="utf-8")
+        facts = plan_facts(plan, layout, settings.model.seq_length)
+        self._metrics = MetricsFile(self._directory, plan, facts, start)
         if settings.run.audit:
             self._audit = open_audit(self._directory / "audit.jsonl", start)
         if settings.run.tensorboard:
             self._board = open_board(self._directory / "tensorboard", start)
         if settings.run.progress and sys.stderr.isatty():
-            self._bar = tqdm(total=iterations, initial=start, unit="it", dynamic_ncols=True)
+            self._bar = tqdm(total=plan.schedule.iterations, initial=start, unit="it", dynamic_ncols=True)
 
     def __enter__(self) -> Journal:
         """Nothing more to open."""
@@ -60,7 +67,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close everything, also after an error."""
-        for output in (self._audit, self._log, self._board, self._bar):
+        for output in (self._metrics, self._audit, self._log, self._board, self._bar):
             if output is not None:
                 output.close()
 
@@ -76,8 +83,10 @@ class Journal:
             self._log.write(text + "\n")
             self._log.flush()
 
-    def advance(self, record: StepRecord) -> None:
-        """Note one finished iteration."""
+    def advance(self, record: StepRecord, iteration: Iteration, elapsed: float) -> None:
+        """Note one finished iteration, which took `elapsed` seconds."""
+        if self._metrics is not None:
+            self._metrics.add(record, iteration, elapsed)
         if self._bar is not None:
             self._bar.update(1)
         if self._audit is not None:
@@ -88,6 +97,8 @@ class Journal:
     def log(self, entry: LogEntry, record: StepRecord | None) -> None:
         """Write the log line and the scalars."""
         self.say(entry.line())
+        if self._metrics is not None:
+            self._metrics.end(entry.lm_loss)
         if self._board is None or record is None:
             return
         scalars = {
@@ -106,10 +117,17 @@ class Journal:
             if math.isfinite(value):
                 self._board.add_scalar(name, value, entry.iteration)
 
+    def saving(self) -> None:
+        """Write the metrics up to here, where a resumed run would begin."""
+        if self._metrics is not None:
+            self._metrics.end()
+
     def evaluated(self, iteration: int, losses: Mapping[str, float]) -> None:
         """Tell validation losses, in nats per token."""
         told = " | ".join(f"{name}: {loss:.4f}" for name, loss in losses.items())
         self.say(f"validation loss at iteration {iteration} | {told} |")
+        if self._metrics is not None:
+            self._metrics.evaluated(iteration, losses)
         if self._board is not None:
             for name, loss in losses.items():
                 self._board.add_scalar(f"validation/{name}", loss, iteration)

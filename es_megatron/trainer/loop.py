@@ -54,10 +54,8 @@ class Trainer:
         """Train to the planned end, or to SIGTERM; returns the summary that `summary.json` holds."""
         iterations = self.engine.plan.schedule.iterations
         plan = describe(self.engine.plan, self.layout, self.settings.model.seq_length, calibrated=True)
-        with (
-            Journal(self.settings, self.replica.world_rank == 0, iterations, self.engine.iteration) as journal,
-            self._sigterm(),
-        ):
+        speaks, start = self.replica.world_rank == 0, self.engine.iteration
+        with Journal(self.settings, speaks, self.engine.plan, self.layout, start) as journal, self._sigterm():
             journal.say(plan)
             self._train(journal, iterations)
             finished = self.engine.done
@@ -82,7 +80,7 @@ class Trainer:
             assert record is not None  # the iteration has just set it
             self.totals.add(record, {"optimizer": iteration.updating, "step": elapsed}, succeeded=iteration.succeeded)
             window.add(iteration, elapsed, record)
-            journal.advance(record)
+            journal.advance(record, iteration, elapsed)
             self._save_on(journal)
             done = self.engine.iteration
             if done % training.log_interval == 0 or done == iterations:
@@ -143,6 +141,7 @@ class Trainer:
 
     def _save(self, journal: Journal) -> None:
         """Save this iteration."""
+        journal.saving()
         told = self.checkpoints.save(self.backend, self.totals, self.evaluations)
         self._saved_at = self.engine.iteration
         if told:
