@@ -27,7 +27,9 @@ _CURES = {
 
 
 @contextmanager
-def agreed(replica: Replica, task: str, undo: Callable[[], None] | None = None) -> Generator[None]:
+def agreed(
+    replica: Replica, task: str, undo: Callable[[], None] | None = None, *, kind: type[EsError] = CheckpointError
+) -> Generator[None]:
     """Do the body on every rank; return on every rank or raise on every rank.
 
     The ranks meet once at the end. Exceptions that end a process (a signal's) pass through.
@@ -36,9 +38,10 @@ def agreed(replica: Replica, task: str, undo: Callable[[], None] | None = None) 
         replica: the ranks that do it.
         task: what the body does, for the message: "write the scores".
         undo: called on world rank 0 after a failure, when no rank is in the body any more.
+        kind: what a failure is.
 
     Raises:
-        CheckpointError: if the body failed on any rank; it names the ranks and what they said.
+        EsError: of that kind, if the body failed on any rank; it names the ranks and what they said.
     """
     cause: Exception | None = None
     try:
@@ -53,7 +56,7 @@ def agreed(replica: Replica, task: str, undo: Callable[[], None] | None = None) 
         _undo(replica, undo)
     more = f" ({len(failed) - _SHOWN_RANKS} more ranks failed)" if len(failed) > _SHOWN_RANKS else ""
     said = failed[0].partition(": ")[2] if replica.world_size == 1 else "; ".join(failed[:_SHOWN_RANKS])
-    raise CheckpointError(f"Could not {task}: {said}{more}") from cause
+    raise kind(f"Could not {task}: {said}{more}") from cause
 
 
 def compute_on_first(replica: Replica, task: str, compute: Callable[[], Any]) -> Any:

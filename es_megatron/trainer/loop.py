@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from es_megatron.checkpoint.agreement import agreed
+from es_megatron.errors import DataError
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
 from es_megatron.metrics import LogEntry, RunTotals
 from es_megatron.parallel import Replica
@@ -35,7 +36,7 @@ class Trainer:
         training = settings.training
         start(settings)
         world = Replica.data_parallel()
-        with agreed(world, "open the data"):
+        with agreed(world, "open the data", kind=DataError):
             blend = load_blend(settings.data.blend, settings.model.seq_length)
         self.blend: LoadedBlend = blend
         samples = training.train_samples or max(1, round((training.passes or 1.0) * blend.manifest.total))

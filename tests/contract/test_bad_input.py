@@ -18,7 +18,7 @@ import torch.distributed as dist
 import yaml
 
 from es_megatron.checkpoint import disk
-from es_megatron.errors import CheckpointError, ConfigError, EsError, LayoutError, LossError
+from es_megatron.errors import CheckpointError, ConfigError, DataError, EsError, LayoutError, LossError
 from es_megatron.tools import cli
 from es_megatron.trainer.model import initialize
 from tests.ranks_helper import on_ranks, run_on_ranks
@@ -52,7 +52,7 @@ def told_by_every_rank(ranks: int, settings: Any, kind: type[EsError] = EsError)
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_a_missing_file(suffix: str, blend: Path, tmp_path: Path) -> None:
     (blend.parent / f"b.{suffix}").unlink()
-    message = told_by_every_rank(2, settings_of(blend, tmp_path / "run"))
+    message = told_by_every_rank(2, settings_of(blend, tmp_path / "run"), DataError)
     assert f"b.{suffix}` does not exist" in message
     assert "es-megatron prepare" in message
 
@@ -61,7 +61,7 @@ def test_a_missing_file(suffix: str, blend: Path, tmp_path: Path) -> None:
 def test_a_truncated_file(suffix: str, blend: Path, tmp_path: Path) -> None:
     path = blend.parent / f"b.{suffix}"
     path.write_bytes(path.read_bytes()[:-6])
-    message = told_by_every_rank(2, settings_of(blend, tmp_path / "run"))
+    message = told_by_every_rank(2, settings_of(blend, tmp_path / "run"), DataError)
     assert str(path) in message
     assert "bytes" in message
     assert "es-megatron prepare" in message

@@ -162,26 +162,26 @@ def test_ranges_of_any_number_of_ranks_are_made_of_the_same_shards(n: int) -> No
         )
 
 
-@pytest.mark.parametrize("before", PURE)
-@pytest.mark.parametrize("after", PURE)
-def test_shards_of_one_number_of_ranks_make_up_the_ranges_of_another(before: int, after: int) -> None:
-    n = sum(SIZES)
-    bounds = shard_bounds(n)
-    score = np.random.default_rng(0).random(n, dtype=np.float32)
-    files = {}
+def scores() -> tuple[np.ndarray, np.ndarray]:
+    """Scores and visits of the whole, some samples unseen."""
+    random = np.random.default_rng(4)
+    score = random.lognormal(0, 1, sum(SIZES)).astype(np.float32)
+    visits = random.integers(0, 4, len(score)).astype(np.uint8)
+    return np.where(visits > 0, score, 0).astype(np.float32), visits
+
+
+def moved(before: int, after: int) -> list[list[np.ndarray]]:
+    """Scores and visits of each of `after` ranks, put together from the shards that `before` ranks own."""
+    n, bounds = sum(SIZES), shard_bounds(sum(SIZES))
+    files: list[dict[int, np.ndarray]] = [{}, {}]
     for rank in range(before):
         first, end = owned_shards(len(bounds) - 1, rank, before)
-        low, _ = owned_range(n, rank, before)
-        own = score[slice(*owned_range(n, rank, before))]
-        files |= {shard: own[bounds[shard] - low : bounds[shard + 1] - low] for shard in range(first, end)}
-    joined = []
-    for rank in range(after):
-        first, end = owned_shards(len(bounds) - 1, rank, after)
-        own = np.concatenate([np.zeros(0, np.float32), *(files[shard] for shard in range(first, end))])
-        low, high = owned_range(n, rank, after)
-        assert np.array_equal(own, score[low:high])
-        joined.append(own)
-    assert np.array_equal(np.concatenate(joined), score)
+        low, high = owned_range(n, rank, before)
+        for file, whole in zip(files, scores(), strict=True):
+            own = whole[low:high]
+            file |= {shard: own[bounds[shard] - low : bounds[shard + 1] - low] for shard in range(first, end)}
+    shards = [range(*owned_shards(len(bounds) - 1, rank, after)) for rank in range(after)]
+    return [[np.concatenate([file[0][:0], *(file[shard] for shard in own)]) for file in files] for own in shards]
 
 
 class Recorded:
@@ -210,26 +210,23 @@ class NotYet(Exception):
     """The other ranks have not said their part."""
 
 
-def masks_of(ranks: int) -> tuple[list[bytes], str]:
-    """Masks that so many ranks decide, and the checksum of 1,000 batches drawn by them, without any process.
+def masks_of(parts: list[list[np.ndarray]]) -> tuple[list[bytes], str]:
+    """Masks that ranks with these scores decide, and the checksum of 1,000 batches by them, without any process.
 
     A rank runs until it needs the others; what it said is noted, and all begin again.
     """
     from es_megatron.scores.store import ScoreStore
 
-    whole = manifest()
-    random = np.random.default_rng(4)
-    score = random.lognormal(0, 1, whole.total).astype(np.float32)
-    visits = random.integers(0, 4, whole.total).astype(np.uint8)
+    whole, ranks = manifest(), len(parts)
     masks: list[bytes] = []
     for component in range(len(SIZES)):
         rounds: dict[int, list[np.ndarray]] = {}
         found: list[KeptMask] = []
         while len(found) < ranks:
             found, waiting = [], []
-            for rank in range(ranks):
+            for rank, (score, visits) in enumerate(parts):
                 store = ScoreStore(whole, CONFIG, Recorded(rank, ranks, rounds))  # type: ignore[arg-type]
-                store.load(score[store.low : store.high], np.where(score > 0, visits, 0)[store.low : store.high])
+                store.load(score, visits)
                 try:
                     found.append(store.prune(component, 1))
                 except NotYet as said:
@@ -274,10 +271,22 @@ def needed(schedule: Any, iteration: int) -> list[tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def of_one_rank() -> tuple[list[bytes], str]:
-    return masks_of(1)
+    return masks_of([list(scores())])
+
+
+@pytest.mark.parametrize("before", PURE)
+@pytest.mark.parametrize("after", PURE)
+def test_shards_of_one_number_of_ranks_make_up_the_ranges_of_another(before: int, after: int) -> None:
+    parts = moved(before, after)
+    for rank, (score, visits) in enumerate(parts):
+        low, high = owned_range(sum(SIZES), rank, after)
+        assert len(score) == len(visits) == high - low
+    for joined, whole in zip(zip(*parts, strict=True), scores(), strict=True):
+        assert np.concatenate(joined).tobytes() == whole.tobytes()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", PURE)
-def test_masks_and_batches_of_the_pure_functions(ranks: int, of_one_rank: tuple[list[bytes], str]) -> None:
-    assert masks_of(ranks) == of_one_rank
+@pytest.mark.parametrize("before", PURE)
+@pytest.mark.parametrize("after", PURE)
+def test_masks_and_batches_of_the_pure_functions(before: int, after: int, of_one_rank: tuple[list[bytes], str]) -> None:
+    assert masks_of(moved(before, after)) == of_one_rank
