@@ -54,8 +54,7 @@ def _info(arguments: argparse.Namespace) -> int:
         rows = [{**dataclasses.asdict(each), "coverage": each.coverage} for each in found]
         _print_json({"folder": str(files.folder), "iteration": files.iteration, "components": rows})
         return 0
-    when = "imported" if files.iteration is None else f"after {files.iteration} iterations"
-    print(f"{files.folder}: scores of {files.manifest.total} samples, {when}")
+    print(f"{files.folder}: scores of {files.manifest.total} samples, {_when(files)}")
     quantiles = [f"p{round(100 * q)}" for q in QUANTILES]
     ages = [str(first) if first == last else f"{first}-{last}" for first, last in AGES]
     table = [["component", "samples", "coverage", "mean", "sd", *quantiles, "max", "visits"]]
@@ -72,6 +71,10 @@ def _info(arguments: argparse.Namespace) -> int:
         name = files.manifest.components[component].name
         print(f"kept samples of epoch {epoch} of `{name}` were decided by the scores before iteration {iteration}")
     return 0
+
+
+def _when(files: ScoreFiles) -> str:
+    return "imported" if files.iteration is None else f"after {files.iteration} iterations"
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -118,7 +121,7 @@ def _diff(arguments: argparse.Namespace) -> int:
         told = {"same": same, "only_first": only[0], "only_second": only[1], "other_files": other_text}
         _print_json({**told, "components": rows})
         return int(not same)
-    print(f"{first.folder} (iteration {first.iteration}) and {second.folder} (iteration {second.iteration})")
+    print(f"{first.folder} ({_when(first)}) and {second.folder} ({_when(second)})")
     for names, which in zip(only, ("first", "second"), strict=True):
         for name in names:
             print(f"`{name}` is in the {which} only")
