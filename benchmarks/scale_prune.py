@@ -51,7 +51,6 @@ def prune(samples: int) -> dict[str, Any]:
         "ns_per_sample": 1e9 * cost.cpu_seconds / samples,
         "clock_ns_per_sample": 1e9 * cost.seconds / samples,
         "extra_bytes_per_sample": cost.extra_bytes / samples,
-        "rank_independent": True,
     }
 
 
