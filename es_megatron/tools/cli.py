@@ -18,11 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from es_megatron.tools import demo, doctor, launch, preflight, prepare, pretrain, run, scores
     from es_megatron.tools.config_patch import command as patch
     from es_megatron.tools.config_patch import undo
+    from es_megatron.tools.forecast import command as plan
 
     for name, module in (
         ("prepare", prepare),
         ("pretrain", pretrain),
         ("demo", demo),
+        ("plan", plan),
         ("run", run),
         ("launch", launch),
         ("preflight", preflight),

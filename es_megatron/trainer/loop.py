@@ -39,7 +39,7 @@ class Trainer:
         with agreed(world, "open the data", kind=DataError):
             blend = load_blend(settings.data.blend, settings.model.seq_length)
         self.blend: LoadedBlend = blend
-        samples = training.train_samples or max(1, round((training.passes or 1.0) * blend.manifest.total))
+        samples = training.draws(blend.manifest.total)
         self.checkpoints = RunCheckpoints(settings, blend, world)
         self.backend: Backend = build_backend(settings, blend, samples, self.checkpoints.begin)
         self.engine = self.backend.engine

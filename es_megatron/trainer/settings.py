@@ -254,6 +254,10 @@ class TrainingSettings:
             require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
         require_choice("precision", self.precision, Precision)
 
+    def draws(self, samples: int) -> int:
+        """Samples that the plain run draws from a blend of so many."""
+        return self.train_samples or max(1, round((self.passes or 1.0) * samples))
+
 
 @dataclass(frozen=True)
 class RunSettings:

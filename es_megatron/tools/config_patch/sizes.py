@@ -9,37 +9,15 @@ from dataclasses import dataclass
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError, LayoutError
-from es_megatron.plan import Layout, Plan, Prediction, check_micro_batches, nearest, plan_run, predict
+from es_megatron.plan import Plan, Prediction, check_micro_batches, nearest, plan_run, predict
 from es_megatron.tools.config_patch.checks import LOADER_PREFETCH
 from es_megatron.tools.config_patch.existing_run import ExistingRun
 from es_megatron.tools.config_patch.findings import Finding, note, ok, refuse
 from es_megatron.tools.config_patch.passes import Passes
+from es_megatron.tools.run_sizes import Sizes
 
 LARGEST_SCORING = 4
 """Largest scoring micro-batch, in training ones: it keeps no activations, but the logits grow with it."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes that are all known and divide."""
-
-    meta_batch: int
-    micro_batch: int
-    data_parallel: int
-    pipeline: int
-    virtual: int
-    backward: float
-    """Cost of a backward pass in forward passes."""
-
-    @property
-    def own(self) -> int:
-        """Sequences of the meta-batch on one data-parallel rank."""
-        return self.meta_batch // self.data_parallel
-
-    @property
-    def quantum(self) -> int:
-        """What b must be a multiple of."""
-        return self.micro_batch * self.data_parallel * (self.pipeline if self.virtual > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -191,7 +169,7 @@ def propose(
         if any(finding.severity == "REFUSE" for finding in more):
             return Proposal(config, passes), findings
     plan = dataclasses.replace(plan, config=config)
-    proposal = Proposal(config, passes, plan, predict(plan, _layout_of(sizes, config.scoring_micro_batch_size)))
+    proposal = Proposal(config, passes, plan, predict(plan, sizes.layout(config.scoring_micro_batch_size)))
     return proposal, findings + list(_pays(proposal))
 
 
@@ -202,25 +180,11 @@ def _plan(run: ExistingRun, sizes: Sizes, config: EvolvedSamplingConfig, passes:
     return plan_run(config, manifest, sizes.meta_batch, sizes.quantum, drawn)
 
 
-def _layout_of(sizes: Sizes, scoring: int | None) -> Layout:
-    size = scoring or sizes.micro_batch
-    return Layout(
-        micro_batches=sizes.own // sizes.micro_batch,
-        scoring_micro_batches=sizes.own // size,
-        pipeline=sizes.pipeline,
-        virtual=sizes.virtual,
-        forward=1.0,
-        backward=sizes.backward,
-        scoring_forward=size / sizes.micro_batch,
-    )
-
-
 def _scoring(
     sizes: Sizes, config: EvolvedSamplingConfig, plan: Plan, given: bool
 ) -> tuple[EvolvedSamplingConfig, list[Finding]]:
     """Choose the scoring micro-batch: the cheapest, and of equals the largest."""
-    multiple = sizes.pipeline if sizes.virtual > 1 else 1
-    fitting = [s for s in range(1, sizes.own + 1) if sizes.own % s == 0 and sizes.own // s % multiple == 0]
+    fitting = sizes.scoring_sizes
     if given:
         size = config.scoring_micro_batch_size
         if size is None or size in fitting:
@@ -228,7 +192,7 @@ def _scoring(
         return config, [
             refuse(
                 f"`--es-scoring-micro-batch-size {size}`",
-                f"it must cut a rank's {sizes.own} sequences into a multiple of {multiple} micro-batches",
+                f"it must cut a rank's {sizes.own} sequences into a multiple of {sizes.multiple} micro-batches",
                 f"use one of {', '.join(map(str, fitting[:12]))}",
             )
         ]
@@ -237,7 +201,7 @@ def _scoring(
         for s in fitting
         if sizes.micro_batch <= s <= LARGEST_SCORING * sizes.micro_batch and s % sizes.micro_batch == 0
     ]
-    best = max(able, key=lambda s: (round(predict(plan, _layout_of(sizes, s)).saving, 6), s))
+    best = max(able, key=lambda s: (round(predict(plan, sizes.layout(s)).saving, 6), s))
     return dataclasses.replace(config, scoring_micro_batch_size=None if best == sizes.micro_batch else best), []
 
 
