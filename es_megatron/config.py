@@ -16,7 +16,8 @@ from es_megatron.errors import ConfigError
 T = TypeVar("T")
 
 Arm = Literal["es", "plain", "uniform", "uniform-prune", "shortened", "shuffled"]
-Scorer = Literal["fresh", "history", "every-k"]
+Scorer = Literal["fresh", "history", "every-k", "prefix", "external"]
+Guard = Literal["off", "uniform", "plain"]
 Granularity = Literal["sample", "microbatch"]
 Correction = Literal["paper", "debiased"]
 
@@ -31,6 +32,20 @@ class EvolvedSamplingConfig:
     """`es`, or a control arm on the same code path: `plain` (train on everything), `uniform` (a random b of B, no
     scoring), `uniform-prune` (the same, and a random share of each epoch pruned), `shortened` (plain, cut to the cost
     of the `es` run), `shuffled` (placebo: weights permuted within the meta-batch, kept masks within the component)."""
+
+    policy: str = "es"
+    """How a meta-batch is chosen from: `es`, `uniform`, `loss`, `order`, `big-loss`, `small-loss`, `grad-norm`,
+    `adaboost`, `coreset-1`, `coreset-2`, `adaselection`, or the name of an entry point in `es_megatron.policies`."""
+
+    policy_options: tuple[str, ...] = ()
+    """Options of the policy, each `option=value`, such as `power=2` (docs/policies.md has them)."""
+
+    pruner: str = "eswp"
+    """What epochs keep where `pruning_ratio` is above 0: `eswp`, `random`, `infobatch`, `ucb`, `kakurenbo`, or the name
+    of an entry point in `es_megatron.pruners`."""
+
+    pruner_options: tuple[str, ...] = ()
+    """Options of the pruner, each `option=value`."""
 
     beta1: float = 0.2
     """Share of the old score in the sampling weight, in [0, 1] (beta_1 of eq. 2.5)."""
@@ -51,10 +66,18 @@ class EvolvedSamplingConfig:
     scorer: Scorer = "fresh"
     """Where losses come from: `fresh` (a forward pass over every meta-batch, the paper), `history` (no extra pass: the
     stored scores choose, training forwards update them), `every-k` (fresh on every `score_every`-th iteration, history
-    between)."""
+    between), `prefix` (a forward pass over the first `prefix_share` of each sequence's tokens), `external` (the
+    `initial_scores` choose, and never change)."""
 
     score_every: int = 4
     """Period of the fresh passes of `every-k`, in iterations, >= 1."""
+
+    prefix_share: float = 0.125
+    """Share of a sequence's tokens that the `prefix` scorer reads, in (0, 1], rounded up to a multiple of 8 tokens."""
+
+    selection_parts: int = 1
+    """Parts of consecutive positions that a meta-batch is cut into, >= 1, to choose the same number from each: as if
+    that many smaller meta-batches had filled one batch for the optimizer (AdaSelection, Algorithm 2)."""
 
     granularity: Granularity = "sample"
     """`sample` chooses sequences and packs them into new micro-batches; `microbatch` chooses whole groups of
@@ -82,8 +105,20 @@ class EvolvedSamplingConfig:
     """Share of a meta-batch that may have a non-finite loss, in [0, 1], before the run stops."""
 
     match_cost: bool = False
-    """For `uniform` and `uniform-prune`: ignore `keep_ratio`, and train on as many sequences as cost the same as the
-    `es` run of these settings."""
+    """Do not read `keep_ratio` for the choice, but train on as many sequences of each meta-batch as make the run cost
+    the same as Evolved Sampling with fresh scores and this `keep_ratio`."""
+
+    budget: float | None = None
+    """What the run may cost, as a share of the plain run's forward and backward work (backward = 2 forward), in (0, 1].
+    `keep_ratio` is not read: as many sequences are chosen as reach it, and the run is cut to it; `plain` ignores it."""
+
+    guard: Guard = "off"
+    """What to fall back to when selection does not pay: `uniform` (no more scoring passes, and as many more sequences
+    at random as they cost) or `plain` (whole meta-batches). Judged by the weights of `guard_window` iterations: they
+    must be worth more than a scoring pass costs (Katharopoulos & Fleuret 2018)."""
+
+    guard_window: int = 50
+    """Selecting iterations before the guard may judge, and of its average, >= 1."""
 
     seed: int = 1234
     """Seed of data order, pruning and selection, in [0, 2^63)."""
@@ -112,6 +147,11 @@ class EvolvedSamplingConfig:
         require(0 <= self.pruning_ratio < 1, "pruning_ratio", "in [0, 1)", self.pruning_ratio)
         require(0 <= self.anneal <= 0.5, "anneal", "in [0, 0.5]", self.anneal)
         require(self.score_every >= 1, "score_every", ">= 1", self.score_every)
+        require(0 < self.prefix_share <= 1, "prefix_share", "in (0, 1]", self.prefix_share)
+        require(self.selection_parts >= 1, "selection_parts", ">= 1", self.selection_parts)
+        require_choice("guard", self.guard, Guard)
+        require(self.guard_window >= 1, "guard_window", ">= 1", self.guard_window)
+        require(self.budget is None or 0 < self.budget <= 1, "budget", "in (0, 1]", self.budget)
         require(
             self.scoring_micro_batch_size is None or self.scoring_micro_batch_size >= 1,
             "scoring_micro_batch_size",
@@ -122,15 +162,21 @@ class EvolvedSamplingConfig:
         require(self.mask_lag >= 1, "mask_lag", ">= 1", self.mask_lag)
         require(0 <= self.max_bad_losses <= 1, "max_bad_losses", "in [0, 1]", self.max_bad_losses)
         require(0 <= self.seed < 1 << 63, "seed", "in [0, 2^63)", self.seed)
-        if self.inclusion_weights and self.granularity == "microbatch":
+        if self.granularity == "microbatch" and (self.inclusion_weights or self.selection_parts > 1):
+            name = "inclusion_weights" if self.inclusion_weights else "selection_parts"
             raise ConfigError(
-                "`inclusion_weights` must be off with `granularity: microbatch`: probabilities are those of sequences. "
+                f"`{name}` must be off with `granularity: microbatch`: it is about single sequences. "
                 "Use `granularity: sample`."
             )
-        if self.match_cost and self.arm not in ("uniform", "uniform-prune"):
+        if self.match_cost and (not self.selects or self.budget is not None):
+            other = "with `budget`" if self.selects else f"for arm `{self.arm}`"
             raise ConfigError(
-                f"`match_cost` must be off for arm `{self.arm}`: it sets the size of a uniform choice. "
-                "Use it with `uniform` or `uniform-prune` (`shortened` always matches)."
+                f"`match_cost` must be off {other}: it sets how many sequences are chosen. Leave one of them out."
+            )
+        if self.scorer == "external" and self.initial_scores is None:
+            raise ConfigError(
+                "`initial_scores` must be given with `scorer: external`, which chooses by them. Name a folder of "
+                "scores, as `es-megatron scores import` makes one."
             )
         if self.correction == "debiased" and self.decay**255 >= MAX_SATURATION_WEIGHT:
             limit = MAX_SATURATION_WEIGHT ** (1 / 255)
@@ -151,7 +197,17 @@ class EvolvedSamplingConfig:
         """score_correction with its default filled in."""
         if self.score_correction is not None:
             return self.score_correction
-        return "paper" if self.scorer == "fresh" else "debiased"
+        return "paper" if self.scorer in ("fresh", "prefix") else "debiased"
+
+    @property
+    def scoring_price(self) -> float:
+        """Cost of scoring a sequence, in forward passes over a whole one."""
+        return self.prefix_share if self.scorer == "prefix" else 1.0
+
+    @property
+    def learns(self) -> bool:
+        """Whether losses change scores."""
+        return self.scores and self.scorer != "external"
 
     @property
     def scores(self) -> bool:

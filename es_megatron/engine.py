@@ -7,6 +7,7 @@ optimizer step -> scores.commit. All ranks run the same code on the same numbers
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -15,16 +16,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from es_megatron.algorithm.evolution import raise_to_floor
-from es_megatron.algorithm.randomness import Purpose, uniforms
-from es_megatron.algorithm.selection import Race, assign, inclusion_weights, owners, positions_of, race, race_groups
+from es_megatron.algorithm.selection import assign, owners, positions_of
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.choosing import Choice, Chooser, Known
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
-from es_megatron.data.schedule import DueEpoch
 from es_megatron.errors import CheckpointError, LossError
+from es_megatron.open_epochs import OpenEpochs
 from es_megatron.parallel import Replica
 from es_megatron.plan import Plan, plan_run
 from es_megatron.scores.copies import check_copies
@@ -69,7 +69,11 @@ class Framework(Protocol):
     """Model-parallel rank that computes the losses."""
 
     def score(self, positions: Int64) -> Float32 | None:
-        """Mean token loss of this rank's sequences, forward only, leaving no trace; None on ranks without losses."""
+        """Mean token loss of this rank's sequences, forward only, leaving no trace; None on ranks without losses.
+
+        Returns:
+            float32[n]; float32[2, n] where `EvolvedSampling.needs_norm`, the bounds of gradient norms under the losses.
+        """
         ...
 
     def train(self, work: Work) -> Trained:
@@ -99,13 +103,6 @@ class StepRecord(NamedTuple):
     """Component of each sequence of the meta-batch, chosen or not."""
     skipped_loss: float = float("nan")
     """Mean loss of the sequences that were not chosen, where known, else nan."""
-
-
-class Choice(NamedTuple):
-    """Chosen positions and what their losses weigh."""
-
-    positions: Int64
-    weights: Float64 | None
 
 
 class EvolvedSampling:
@@ -143,19 +140,31 @@ class EvolvedSampling:
         """
         self.config, self.manifest, self.replica = config, manifest, replica
         self.meta_batch, self.micro_batch = meta_batch, micro_batch
-        quantum = micro_batch * replica.dp_size * micro_batch_multiple
+        quantum = math.lcm(micro_batch * replica.dp_size * micro_batch_multiple, config.selection_parts)
         self.store = ScoreStore(manifest, config, replica)
         origin = begin(self.store)
         self.plan: Plan = plan_run(config, manifest, meta_batch, quantum, train_samples, origin)
+        self.chooser = Chooser(self.plan, replica, micro_batch)
         self.sampler = Sampler(self.plan.schedule, config.seed)
         self.own: Int64 = positions_of(replica.dp_rank, replica.dp_size, meta_batch, micro_batch)
         """Positions of the meta-batch that this rank loads."""
         self.iteration = origin.iteration
-        self.decided: dict[tuple[int, int], int] = {}
-        """Iteration whose beginning's scores decided each open kept mask, by (component, epoch)."""
+        self.epochs = OpenEpochs(self.plan, self.store, self.sampler)
+        self.rate_factor = 1.0
+        """What the learning rate of this iteration is multiplied by; 1 but for pruners that correct it."""
         self.last: StepRecord | None = None
         self._owners = owners(replica.dp_size, meta_batch, micro_batch)
         self._seconds: dict[str, float] = {}
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether a scoring pass has to tell the bound of gradient norms too."""
+        return self.chooser.needs_norm
+
+    @property
+    def decided(self) -> dict[tuple[int, int], int]:
+        """Iteration whose beginning's scores decided each open kept mask, by (component, epoch)."""
+        return self.epochs.decided
 
     @property
     def done(self) -> bool:
@@ -166,9 +175,10 @@ class EvolvedSampling:
         """Decide the kept masks that are due, and draw this iteration's meta-batch."""
         self._seconds = {}
         with self._timed("order"):
-            for due in self.plan.schedule.due(self.iteration, self.config.mask_lag):
-                self._decide(due)
-            return self.sampler.batch(self.iteration)
+            self.epochs.decide(self.iteration)
+            batch = self.sampler.batch(self.iteration)
+            self.rate_factor = self.epochs.rate(batch)
+            return batch
 
     def step(self, batch: MetaBatch, framework: Framework) -> Any:
         """Score, choose and train; what `batch` changes in the scores is staged until `finish`.
@@ -185,8 +195,7 @@ class EvolvedSampling:
         Raises:
             LossError: too many losses are not finite.
         """
-        evolving = self.config.selects and self.plan.schedule.phases.evolving(self.iteration)
-        if not evolving:
+        if self.plan.evolving_iterations == 0 or not self.plan.schedule.phases.evolving(self.iteration):
             return self._step_whole(batch, framework)
         if self.config.scores and self._scores_fresh():
             return self._step_fresh(batch, framework)
@@ -196,11 +205,12 @@ class EvolvedSampling:
         """Close the iteration: scores are committed if the optimizer stepped, and forgotten if it skipped."""
         if succeeded:
             self.store.commit(self.iteration)
+            self.chooser.commit()
         else:
             self.store.discard()
+            self.chooser.discard()
         self.iteration += 1
-        self.sampler.forget(self.iteration)
-        self.decided = {key: when for key, when in self.decided.items() if key in self.sampler.masks}
+        self.epochs.forget(self.iteration)
         if self.iteration % REPLICA_CHECK_INTERVAL == 0:
             self.check_replicas()
 
@@ -214,14 +224,14 @@ class EvolvedSampling:
 
     def state_dict(self) -> dict[str, Any]:
         """Position and terms of the run, JSON-able; scores and masks are arrays of their own."""
-        decided = [[*key, when] for key, when in sorted(self.decided.items())]
         schedule = self.plan.schedule
         return {
             "iteration": self.iteration,
             "terms": self._terms(),
             "origin": schedule.origin.to_json(),
             "stood_for": schedule.stood_for(self.iteration),
-            "decided": decided,
+            **self.epochs.to_json(),
+            "chooser": self.chooser.state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], masks: Mapping[tuple[int, int], KeptMask]) -> None:
@@ -230,7 +240,7 @@ class EvolvedSampling:
         Raises:
             CheckpointError: unknown or missing keys, or terms that decide the data order and differ.
         """
-        expected = {"iteration", "terms", "origin", "stood_for", "decided"}
+        expected = {"iteration", "terms", "origin", "stood_for", "decided", "rescaled", "chooser"}
         if set(state) != expected:
             raise CheckpointError(
                 f"The state must have the keys {sorted(expected)}, but has {sorted(state)} instead. "
@@ -246,12 +256,8 @@ class EvolvedSampling:
                 f"The checkpoint belongs to another run: {told}. Restore these settings, or start a new run directory."
             )
         self.iteration = int(state["iteration"])
-        self.sampler.masks = dict(masks)
-        if self.config.mask_folder is not None:
-            self.sampler.masks = {
-                key: self.store.masks.share(mask.packed, mask.samples) for key, mask in sorted(masks.items())
-            }
-        self.decided = {(int(c), int(e)): int(when) for c, e, when in state["decided"]}
+        self.epochs.load(dict(masks), state["decided"], state["rescaled"])
+        self.chooser.load(state["chooser"])
 
     def _terms(self) -> dict[str, Any]:
         """Settings that decide which samples come when; changing one would tear the epochs."""
@@ -262,33 +268,29 @@ class EvolvedSampling:
             "iterations": schedule.iterations,
             **{
                 name: getattr(self.config, name)
-                for name in ("arm", "anneal", "pruning_ratio", "keep_ratio", "mask_lag", "seed")
+                for name in ("arm", "anneal", "pruning_ratio", "keep_ratio", "mask_lag", "seed", "policy", "pruner")
             },
         }
 
-    def _decide(self, due: DueEpoch) -> None:
-        """Decide the kept mask of an epoch, unless a checkpoint had it."""
-        key = due.component, due.epoch
-        if key in self.sampler.masks:
-            return
-        mask = self.sampler.masks[key] = self.store.prune(*key)
-        self.decided[key] = self.iteration
-        name = self.manifest.components[due.component].name
-        told = "scores before iteration %d: epoch %d of `%s` keeps %d of %d samples, drawn from iteration %d on"
-        LOGGER.info(told, self.iteration, due.epoch, name, mask.count, mask.samples, due.first_iteration)
-
     def _scores_fresh(self) -> bool:
+        if self.chooser.fell:
+            return False
         if self.config.scorer == "every-k":
             return self.iteration % self.config.score_every == 0
-        return self.config.scorer == "fresh"
+        return self.config.scorer in ("fresh", "prefix")
 
     def _step_whole(self, batch: MetaBatch, framework: Framework) -> Any:
         """Train on everything; scores, where kept, come from the training forward itself."""
-        work = Work(self.own, None, self.config.scores)
+        everything = np.arange(self.meta_batch)
+        weights = None
+        if self.epochs.rescales:
+            with self._timed("exchange"):
+                weights = self.epochs.weights(batch, self._known_scores(batch))
+        work = Work(self.own, None if weights is None else weights[self.own], self.config.learns)
         result, loss = self._train(framework, work)
-        if self.config.scores:
-            self._learn(batch, np.arange(self.meta_batch), loss)
-        self._record(batch, False, 0, np.arange(self.meta_batch), loss)
+        if self.config.learns:
+            self._learn(batch, everything, loss)
+        self._record(batch, False, 0, everything, loss)
         return result
 
     def _step_fresh(self, batch: MetaBatch, framework: Framework) -> Any:
@@ -296,11 +298,13 @@ class EvolvedSampling:
         with self._timed("score"):
             own = framework.score(self.own)
         with self._timed("exchange"):
-            found, loss = self.store.exchange(batch.id, self._spread(framework, self.own, own))
+            losses, norm = self._split(framework, own)
+            found, loss = self.store.exchange(batch.id, losses)
             self._check(batch, loss)
             used = self.store.usable(batch.component, found)
             weight = self.store.evolve(self.iteration, batch.id, found, used, loss)
-            choice = self._choose(weight)
+            choice = self.chooser.choose(self.iteration, Known(loss, weight, norm))
+            choice = self._rescaled(choice, batch, used)
         result, _ = self._train(framework, self._work(choice, capture=False))
         self._record(batch, True, self.meta_batch, choice.positions, loss)
         return result
@@ -308,35 +312,38 @@ class EvolvedSampling:
     def _step_known(self, batch: MetaBatch, framework: Framework) -> Any:
         """Choose by what is known already (history), or by nothing (uniform), and learn from the training forward."""
         with self._timed("exchange"):
-            weight = np.ones(self.meta_batch, dtype=np.float32)
-            if self.config.scores:
-                found, _ = self.store.exchange(batch.id, np.zeros(self.meta_batch, np.float32))
-                weight = np.maximum(self.store.usable(batch.component, found), np.finfo(np.float32).tiny)
-            choice = self._choose(weight)
-        result, loss = self._train(framework, self._work(choice, capture=self.config.scores))
-        if self.config.scores:
+            used = self._known_scores(batch) if self.config.scores else None
+            if used is None or self.chooser.fell:
+                choice = self.chooser.choose_any(self.iteration)
+            else:
+                choice = self.chooser.choose(self.iteration, Known(used, used))
+            if used is not None:
+                choice = self._rescaled(choice, batch, used)
+        result, loss = self._train(framework, self._work(choice, capture=self.config.learns))
+        if self.config.learns:
             self._learn(batch, choice.positions, loss)
         self._record(batch, True, 0, choice.positions, loss)
         return result
 
-    def _choose(self, weight: Float32) -> Choice:
-        """Draw b positions; world rank 0's choice counts, since logarithms differ between processor types."""
-        count = self.plan.kept
-        mean = float(weight.sum(dtype=np.float64)) / max(1, np.count_nonzero(weight))
-        weight = raise_to_floor(weight, self.config.weight_floor, mean)
-        if self.config.arm == "shuffled":
-            drawable = np.flatnonzero(weight)
-            drawn = uniforms(self.config.seed, Purpose.SHUFFLE_BATCH, 0, self.iteration, 0, len(weight))
-            weight[drawable] = weight[drawable[np.argsort(drawn[drawable], kind="stable")]]
-        uniform = uniforms(self.config.seed, Purpose.SELECT, 0, self.iteration, 0, len(weight))
-        if self.config.granularity == "microbatch":
-            return Choice(self.replica.tell(race_groups(weight, uniform, count, self.micro_batch)), None)
-        outcome = race(weight, uniform, count)
-        positions = self.replica.tell(outcome.chosen)
-        if not self.config.inclusion_weights:
-            return Choice(positions, None)
-        told = Race(positions, float(self.replica.tell(np.asarray([outcome.runner_up]))[0]))
-        return Choice(positions, inclusion_weights(weight, told, count))
+    def _known_scores(self, batch: MetaBatch) -> Float32:
+        """Scores of a meta-batch as they are used, float32[B], above 0."""
+        found, _ = self.store.exchange(batch.id, np.zeros(self.meta_batch, np.float32))
+        return np.maximum(self.store.usable(batch.component, found), np.finfo(np.float32).tiny)
+
+    def _rescaled(self, choice: Choice, batch: MetaBatch, used: Float32) -> Choice:
+        """Weigh the chosen also by what they stand for in their pruned epoch."""
+        weights = self.epochs.weights(batch, used)
+        if weights is None:
+            return choice
+        own = 1.0 if choice.weights is None else choice.weights
+        return Choice(choice.positions, own * weights[choice.positions])
+
+    def _split(self, framework: Framework, own: Float32 | None) -> tuple[Float32, Float32 | None]:
+        """Losses of this rank at its positions and 0 elsewhere, and the norms of the whole meta-batch, if any."""
+        if not self.needs_norm:
+            return self._spread(framework, self.own, own), None
+        norm = self._spread(framework, self.own, None if own is None else own[1])
+        return self._spread(framework, self.own, None if own is None else own[0]), self.replica.sum_over_dp(norm)
 
     def _work(self, choice: Choice, *, capture: bool) -> Work:
         positions = assign(choice.positions, self._owners, self.replica.dp_size)[self.replica.dp_rank]

@@ -88,7 +88,7 @@ def saved_share(plan: Plan, iterations: int, totals: RunTotals) -> float:
     """
     schedule = plan.schedule
     stood_for = schedule.origin.stood_for + float((schedule.passes(iterations) * schedule.manifest.sizes).sum())
-    cost = FORWARD_COST * totals.sequences_scored + TRAIN_COST * totals.sequences_trained
+    cost = plan.config.scoring_price * FORWARD_COST * totals.sequences_scored + TRAIN_COST * totals.sequences_trained
     return 1.0 - cost / (TRAIN_COST * stood_for) if stood_for else 0.0
 
 

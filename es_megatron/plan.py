@@ -34,19 +34,36 @@ class Plan:
     """Sequences of an evolving meta-batch that get a backward pass (b)."""
     plain_iterations: int
     """Iterations of the plain run over the user's `train_samples`."""
+    quantum: int = 1
+    """What the number of trained sequences must be a multiple of."""
+
+    @property
+    def break_even_gain(self) -> float:
+        """How many times more uniform samples the weights must be worth for the scoring passes to pay (1 + cB / 3b)."""
+        evolving = self.evolving_iterations
+        cost = self.config.scoring_price * FORWARD_COST * self.sequences_scored / evolving if evolving else 0.0
+        return 1.0 + cost / (TRAIN_COST * self.kept)
+
+    @property
+    def fallback(self) -> int:
+        """Sequences trained once the guard has fallen back: all, or as many as scoring and training cost together."""
+        if self.config.guard == "plain":
+            return self.meta_batch
+        more = (self.break_even_gain - 1.0) * self.kept
+        return min(self.meta_batch, self.kept + int(more / self.quantum + 1e-9) * self.quantum)
 
     @property
     def evolving_iterations(self) -> int:
         """Iterations that select."""
         phases = self.schedule.phases
-        return phases.stop - phases.start if self.config.selects else 0
+        return phases.stop - phases.start if self.config.selects and self.kept < self.meta_batch else 0
 
     @property
     def scored_iterations(self) -> int:
-        """Iterations with a fresh scoring pass."""
-        if not self.config.scores or self.config.scorer == "history":
+        """Iterations with a scoring pass."""
+        if not self.config.scores or not self.evolving_iterations or self.config.scorer in ("history", "external"):
             return 0
-        if self.config.scorer == "fresh":
+        if self.config.scorer in ("fresh", "prefix"):
             return self.evolving_iterations
         phases, every = self.schedule.phases, self.config.score_every
         return -(-phases.stop // every) - -(-phases.start // every)
@@ -65,7 +82,7 @@ class Plan:
     @property
     def cost(self) -> float:
         """Forward units of the whole run, in sequences."""
-        return FORWARD_COST * self.sequences_scored + TRAIN_COST * self.sequences_trained
+        return self.config.scoring_price * FORWARD_COST * self.sequences_scored + TRAIN_COST * self.sequences_trained
 
     @property
     def plain_cost(self) -> float:
@@ -86,7 +103,7 @@ def plan_run(
     train_samples: int,
     origin: Origin | None = None,
 ) -> Plan:
-    """Plan a run; control arms that match a cost are cut to that of the `es` run with the same settings.
+    """Plan a run; one that matches a cost gets as large a choice as reaches it, and is cut to it.
 
     Args:
         config: settings.
@@ -109,18 +126,22 @@ def plan_run(
     if train_samples < 1:
         raise ConfigError(f"`train_samples` must be >= 1, but is {train_samples} instead.")
     plain_iterations = -(-train_samples // meta_batch)
-    kept = kept_of(config, meta_batch, quantum) if config.selects and not config.match_cost else meta_batch
+    sized = config.match_cost or config.budget is not None
+    kept = kept_of(config, meta_batch, quantum) if config.selects and not sized else meta_batch
 
     def make(kept: int, samples: int) -> Plan:
         ratio = config.pruning_ratio if config.prunes else 0.0
         schedule = Schedule(manifest, meta_batch, samples, anneal=config.anneal, pruning_ratio=ratio, origin=origin)
-        return Plan(config, schedule, meta_batch, kept, plain_iterations)
+        return Plan(config, schedule, meta_batch, kept, plain_iterations, quantum)
 
-    if not (config.match_cost or config.arm == "shortened"):
+    if config.arm == "plain" or not (sized or config.arm == "shortened"):
         return make(kept, train_samples)
-    es = dataclasses.replace(config, arm="es", match_cost=False)
-    budget = plan_run(es, manifest, meta_batch, quantum, train_samples, origin).cost
-    if config.match_cost:
+    if config.budget is not None:
+        budget = config.budget * TRAIN_COST * plain_iterations * meta_batch
+    else:
+        es = dataclasses.replace(config, arm="es", scorer="fresh", match_cost=False)
+        budget = plan_run(es, manifest, meta_batch, quantum, train_samples, origin).cost
+    if config.selects:
         sizes = range(quantum, meta_batch + 1, quantum)
         kept = next((b for b in sizes if make(b, train_samples).cost >= budget), meta_batch)
     return make(kept, longest_within(budget, train_samples, lambda samples: make(kept, samples).cost))
@@ -205,8 +226,9 @@ def predict(plan: Plan, layout: Layout) -> Prediction:
     """Time of the plain run and of this one on a layout."""
     whole, training = layout.whole(), layout.training(plan.kept / plan.meta_batch)
     evolving, scored = plan.evolving_iterations, plan.scored_iterations
-    run = (plan.schedule.iterations - evolving) * whole + evolving * training + scored * layout.scoring()
-    step = training + (scored / evolving if evolving else 0.0) * layout.scoring()
+    scoring = layout.scoring() * plan.config.scoring_price
+    run = (plan.schedule.iterations - evolving) * whole + evolving * training + scored * scoring
+    step = training + (scored / evolving if evolving else 0.0) * scoring
     return Prediction(plan.plain_iterations * whole, run, 1.0 - step / whole if evolving else 0.0)
 
 
@@ -223,7 +245,7 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     predicted, limit = predict(plan, layout), predict(plan, nominal(layout))
     scorer, ratio = config.scorer if config.scores else "none", config.pruning_ratio if config.prunes else 0.0
     passes = ", ".join(f"{name} {count:.2f}" for name, count in zip(names, plan.passes, strict=True))
-    forwarded = (plan.sequences_scored + plan.sequences_trained) * tokens
+    forwarded = (config.scoring_price * plan.sequences_scored + plan.sequences_trained) * tokens
     plain = plan.plain_iterations * plan.meta_batch * tokens
     rows = {
         "iterations": f"{plan.schedule.iterations} (plain: {plan.plain_iterations}), {plan.evolving_iterations} select",
@@ -235,6 +257,7 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     if calibrated:
         measured = f"backward = {layout.backward / layout.forward:.2f} forward on this machine"
         rows[""] = f"{predicted.saving:.1%} calibrated ({measured}), {predicted.selecting:.1%} while selecting"
+    scorer += "" if config.policy == "es" or not config.scores else f", policy {config.policy}"
     head = f"B = {plan.meta_batch}, b = {plan.kept}, scorer {scorer}, r = {ratio:g}, anneal {config.anneal:g}"
     lines = [f"plan: arm {config.arm}, {head}", *(f"  {name:18}{value}" for name, value in rows.items())]
     if plan.evolving_iterations and min(predicted.saving, limit.saving) <= 0:

@@ -5,7 +5,7 @@ Shapes: B sequences of a meta-batch. Scores and losses are float32 nats per toke
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from es_megatron.config import Correction
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
+
+F = TypeVar("F", np.float32, np.float64)
 
 MAX_VISITS = 255
 
@@ -78,8 +80,8 @@ def usable_scores(
     return np.where(visits == 0, unseen, np.maximum(debiased, 0.0)).astype(np.float32)
 
 
-def raise_to_floor(weight: Float32, floor: float, mean: float) -> Float32:
+def raise_to_floor(weight: npt.NDArray[F], floor: float, mean: float) -> npt.NDArray[F]:
     """Lift positive weights to at least `floor` times `mean`; zeros (bad losses) stay zero."""
     if floor == 0.0:
         return weight
-    return np.where(weight > 0, np.maximum(weight, np.float32(floor * mean)), weight)
+    return np.where(weight > 0, np.maximum(weight, weight.dtype.type(floor * mean)), weight)

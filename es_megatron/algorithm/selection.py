@@ -44,16 +44,24 @@ def race(weight: AnyFloat, uniform: Float64, count: int) -> Race:
     Raises:
         LossError: fewer than `count` weights are above 0.
     """
-    drawable = int(np.count_nonzero(weight))
-    if drawable < count:
-        raise LossError(
-            f"At least {count} sequences of the meta-batch must have a finite loss to be chosen from, but {drawable} "
-            f"of {len(weight)} have. Look at the named rows, lower the learning rate, or check the precision."
-        )
+    check_enough(int(np.count_nonzero(weight)), count, len(weight))
     keys = race_keys(weight, uniform)
     order = np.argsort(keys, kind="stable")
     runner_up = float(keys[order[count]]) if count < len(order) else np.inf
     return Race(np.sort(order[:count]).astype(np.int64), runner_up)
+
+
+def check_enough(found: int, count: int, size: int) -> None:
+    """Refuse to choose from too few.
+
+    Raises:
+        LossError: fewer than `count` can be chosen.
+    """
+    if found < count:
+        raise LossError(
+            f"At least {count} sequences of the meta-batch must have a finite loss to be chosen from, but {found} of "
+            f"{size} have. Look at the named rows, lower the learning rate, or check the precision."
+        )
 
 
 def race_groups(weight: AnyFloat, uniform: Float64, count: int, group: int) -> Int64:
@@ -71,6 +79,29 @@ def race_groups(weight: AnyFloat, uniform: Float64, count: int, group: int) -> I
     grouped = weight.astype(np.float64).reshape(-1, group)
     mean = np.where((grouped > 0).all(axis=1), grouped.mean(axis=1), 0.0)
     groups = race(mean, uniform[: len(mean)], count // group).chosen
+    return (groups[:, None] * group + np.arange(group)).reshape(-1)
+
+
+def best(weight: AnyFloat, count: int) -> Int64:
+    """The positions of the `count` largest weights; ties go to the lower position.
+
+    Args:
+        weight: float[B]; -inf is never taken.
+        count: how many, <= B.
+
+    Returns:
+        int64[count], rising.
+
+    Raises:
+        LossError: fewer than `count` weights are finite.
+    """
+    check_enough(int(np.isfinite(weight).sum()), count, len(weight))
+    return np.sort(np.argsort(-weight, kind="stable")[:count]).astype(np.int64)
+
+
+def best_groups(weight: AnyFloat, count: int, group: int) -> Int64:
+    """The same for whole groups of `group` consecutive positions, by their mean weight; see `race_groups`."""
+    groups = best(weight.astype(np.float64).reshape(-1, group).mean(axis=1), count // group)
     return (groups[:, None] * group + np.arange(group)).reshape(-1)
 
 

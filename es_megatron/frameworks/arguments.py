@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.config import EvolvedSamplingConfig, build
 
 PREFIX = "es_"
 
@@ -70,7 +70,8 @@ def read_switches(arguments: argparse.Namespace) -> Switches:
     if not given or not given.pop("es", True):
         return Switches(None, None)
     audit = given.pop("es_audit", None)
-    config = EvolvedSamplingConfig(**{name.removeprefix(PREFIX): value for name, value in given.items()})
+    fields = {name.removeprefix(PREFIX): value for name, value in given.items()}
+    config = build(EvolvedSamplingConfig, fields, "flags --es-*")
     return Switches(config, None if audit is None else Path(audit))
 
 
@@ -94,6 +95,8 @@ def _kind(hint: Any) -> dict[str, Any]:
         hint = next(each for each in typing.get_args(hint) if each is not type(None))
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "*", "type": typing.get_args(hint)[0]}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint}

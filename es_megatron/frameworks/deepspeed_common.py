@@ -29,6 +29,7 @@ from es_megatron.data.mask import KeptMask
 from es_megatron.engine import EvolvedSampling, Trained, Work
 from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
+from es_megatron.frameworks.rate import scaled_rate
 from es_megatron.parallel import Replica
 
 Float32 = npt.NDArray[np.float32]
@@ -219,7 +220,8 @@ class DeepSpeedSampling(ABC):
         batch = self.engine.begin()
         if self.feed is not None:
             self.feed.fetch(batch)
-        result = self.engine.step(batch, self)
+        with scaled_rate(self.deepspeed.optimizer, self.engine.rate_factor):
+            result = self.engine.step(batch, self)
         succeeded = bool(self.deepspeed.was_step_applied())
         norm = self.deepspeed.get_global_grad_norm()
         if succeeded and not np.isfinite(float(result if norm is None else norm)):

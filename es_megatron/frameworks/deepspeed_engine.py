@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ from es_megatron.frameworks.deepspeed_common import (
     replica_of,
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
-from es_megatron.frameworks.scoring import join, sequence_losses, traceless
+from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
+from es_megatron.frameworks.scoring import join, scored_tokens, sequence_losses, shortened, traceless
 
 Batch = dict[str, Tensor]
 Float32 = npt.NDArray[np.float32]
@@ -81,15 +82,26 @@ class EngineSampling(DeepSpeedSampling):
     def score(self, positions: Int64) -> Float32 | None:
         """See `Framework.score`."""
         size = self.engine.config.scoring_micro_batch_size or self.engine.micro_batch
-        return self.score_batches(self._micro_batches(positions, size))
+        batches = self._micro_batches(positions, size)
+        tokens = scored_tokens(self.engine.config, batches[0]["labels"].shape[1])
+        return self.score_batches([shortened(batch, tokens) for batch in batches], norms=self.engine.needs_norm)
 
-    def score_batches(self, batches: list[Batch]) -> Float32 | None:
-        """Mean token loss of each sequence of some micro-batches, as many on every rank; leaves no trace."""
-        with traceless([self.deepspeed.module]), torch.no_grad():
-            found = [
-                sequence_losses(self.token_losses(self.deepspeed, batch), batch["loss_mask"])
-                for batch in self._on_device(batches)
-            ]
+    def score_batches(self, batches: list[Batch], *, norms: bool = False) -> Float32 | None:
+        """Mean token loss of each sequence of some micro-batches, as many on every rank; leaves no trace.
+
+        Args:
+            batches: on the CPU.
+            norms: put the bounds of gradient norms under the losses, float32[2, n].
+        """
+        found: list[Tensor] = []
+        watch = OutputWatch([self.deepspeed.module]) if norms else None
+        with traceless([self.deepspeed.module]), torch.no_grad(), watch or nullcontext():
+            for batch in self._on_device(batches):
+                losses_BT, mask_BT = self.token_losses(self.deepspeed, batch), batch["loss_mask"]
+                losses = sequence_losses(losses_BT, mask_BT)
+                if watch is not None:
+                    losses = torch.stack([losses, norm_bounds(losses_BT, mask_BT, watch.take())])
+                found.append(losses)
         return join(found)
 
     def train(self, work: Work) -> Trained:
@@ -118,7 +130,8 @@ class EngineSampling(DeepSpeedSampling):
         found: list[Tensor] = []
         for number, batch in enumerate(self._on_device(batches)):
             losses_BT = self.token_losses(deepspeed, batch)
-            found.append(sequence_losses(losses_BT, batch["loss_mask"]))
+            tokens = scored_tokens(self.engine.config, losses_BT.shape[1])
+            found.append(sequence_losses(losses_BT, batch["loss_mask"], tokens))
             if weights is not None:
                 weight = torch.as_tensor(weights[number * size : (number + 1) * size], dtype=losses_BT.dtype)
                 losses_BT = losses_BT * weight.to(losses_BT.device)[:, None]

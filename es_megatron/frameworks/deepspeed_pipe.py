@@ -36,7 +36,8 @@ from es_megatron.frameworks.deepspeed_common import (
     replica_of,
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
-from es_megatron.frameworks.scoring import join, sequence_losses, traceless
+from es_megatron.frameworks.gradient_norm import norm_bounds, square_sums
+from es_megatron.frameworks.scoring import join, scored_tokens, sequence_losses, shortened, traceless
 
 Batch = dict[str, Tensor]
 Float32 = npt.NDArray[np.float32]
@@ -70,12 +71,18 @@ class PipeSampling(DeepSpeedSampling):
 
     def score(self, positions: Int64) -> Float32 | None:
         """See `Framework.score`."""
-        size = self.engine.config.scoring_micro_batch_size or self.engine.micro_batch
-        return self._score(self._packed(positions, size), len(positions) // size, size)
+        config = self.engine.config
+        size = config.scoring_micro_batch_size or self.engine.micro_batch
+        batches = [] if self.feed is None else self.feed.micro_batches(positions, size)
+        batches = [shortened(batch, scored_tokens(config, batch["labels"].shape[1])) for batch in batches]
+        packed = iter([self.pack(batch) for batch in batches])
+        other_shape = size != self.engine.micro_batch or config.scorer == "prefix"
+        return self._score(packed, len(positions) // size, other_shape=other_shape, norms=self.engine.needs_norm)
 
     def score_batches(self, batches: list[Batch]) -> Float32 | None:
         """Mean token loss of each sequence of some micro-batches, None but on the last stage; leaves no trace."""
-        return self._score(iter([self.pack(batch) for batch in batches]), len(batches), len(batches[0]["tokens"]))
+        packed = iter([self.pack(batch) for batch in batches])
+        return self._score(packed, len(batches), other_shape=len(batches[0]["tokens"]) != self.engine.micro_batch)
 
     def train(self, work: Work) -> Trained:
         """See `Framework.train`."""
@@ -104,13 +111,17 @@ class PipeSampling(DeepSpeedSampling):
             deepspeed._exec_schedule(WithoutStep(len(batches), deepspeed.num_stages, deepspeed.stage_id))
         discard_gradients(deepspeed)
 
-    def _score(self, packed: Iterator[Any], count: int, size: int) -> Float32 | None:
-        """Evaluate forward only; another micro-batch size makes the stages exchange shapes anew."""
+    def _score(self, packed: Iterator[Any], count: int, *, other_shape: bool, norms: bool = False) -> Float32 | None:
+        """Evaluate forward only; micro-batches of another shape make the stages exchange shapes anew."""
         deepspeed = self.deepspeed
-        other_shape = size != self.engine.micro_batch and not deepspeed.dynamic_shape
+        other_shape = other_shape and not deepspeed.dynamic_shape
 
         def losses_of(outputs: Any, labels: Any) -> Tensor:
-            return sequence_losses(*self.token_losses(outputs, labels))
+            losses_BT, mask_BT = self.token_losses(outputs, labels)
+            losses = sequence_losses(losses_BT, mask_BT)
+            if not norms:
+                return losses
+            return torch.stack([losses, norm_bounds(losses_BT, mask_BT, square_sums(outputs))])
 
         with traceless([deepspeed.module]), torch.no_grad(), self._loss(losses_of), silent(deepspeed):
             if other_shape:
@@ -131,7 +142,7 @@ class PipeSampling(DeepSpeedSampling):
         def training_loss(outputs: Any, labels: Any) -> Tensor:
             losses_BT, mask_BT = self.token_losses(outputs, labels)
             start = len(found) * size
-            found.append(sequence_losses(losses_BT, mask_BT))
+            found.append(sequence_losses(losses_BT, mask_BT, scored_tokens(self.engine.config, losses_BT.shape[1])))
             if weights is not None:
                 weight = torch.as_tensor(weights[start : start + size], dtype=losses_BT.dtype)
                 losses_BT = losses_BT * weight.to(losses_BT.device)[:, None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from es_megatron.data.manifest import Manifest
 from es_megatron.engine import EvolvedSampling, Trained, Work
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
-from es_megatron.frameworks.scoring import join, sequence_losses, traceless
+from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
+from es_megatron.frameworks.scoring import join, scored_tokens, sequence_losses, shortened, traceless
 from es_megatron.parallel import Replica
 from es_megatron.plan import check_micro_batches
 
@@ -135,15 +136,23 @@ class ScheduleCall:
         """Forward-only pass in evaluation mode; see `Framework.score`."""
         size = self._sampling.engine.config.scoring_micro_batch_size or self._call["micro_batch_size"]
         forward_step, mask_of = self._call["forward_step_func"], self._sampling.loss_mask_of
+        watch = OutputWatch(self._chunks) if self._sampling.engine.needs_norm else None
 
         def scoring_step(*args: Any, **kwargs: Any) -> tuple[Any, Callable[..., Any]]:
             output, loss_func = forward_step(*args, **kwargs)
-            return output, lambda out, non_loss_data=True: sequence_losses(out, mask_of(loss_func))
 
-        with traceless(self._chunks), torch.no_grad():
+            def scores_of(out: Tensor, non_loss_data: bool = True) -> Tensor:
+                mask = mask_of(loss_func)
+                losses = sequence_losses(out, mask)
+                return losses if watch is None else torch.stack([losses, norm_bounds(out, mask, watch.take())])
+
+            return output, scores_of
+
+        with traceless(self._chunks), torch.no_grad(), watch or nullcontext():
             found = self._run(
                 positions,
                 size,
+                tokens=self._scored_tokens,
                 forward_step_func=scoring_step,
                 forward_only=True,
                 collect_non_loss_data=True,
@@ -171,7 +180,7 @@ class ScheduleCall:
 
             def watching_loss(out: Tensor, *rest: Any, **named: Any) -> Any:
                 start = len(found) * size
-                found.append(sequence_losses(out, mask_of(loss_func)))
+                found.append(sequence_losses(out, mask_of(loss_func), self._scored_tokens))
                 if weights is not None:
                     weight = torch.as_tensor(weights[start : start + size], dtype=out.dtype, device=out.device)
                     out = out * weight[:, None]
@@ -181,15 +190,26 @@ class ScheduleCall:
 
         return watching_step
 
-    def _run(self, positions: Int64, size: int, **changes: Any) -> Any:
+    @property
+    def _scored_tokens(self) -> int:
+        return scored_tokens(self._sampling.engine.config, self._call["seq_length"])
+
+    def _run(self, positions: Int64, size: int, *, tokens: int | None = None, **changes: Any) -> Any:
         """Call upstream's schedule over some positions; keywords pass through but for the ones that change."""
         call = {**self._call, "num_microbatches": len(positions) // size, "micro_batch_size": size, **changes}
-        call["data_iterator"] = self._iterators(positions, size)
+        length = self._call["seq_length"]
+        shorter = tokens if tokens is not None and tokens < length else None
+        if shorter is not None:
+            names = ("seq_length", "decoder_seq_length")
+            call.update({name: shorter for name in names if self._call.get(name) == length})
+        call["data_iterator"] = self._iterators(positions, size, shorter)
         return self._schedule(**call)
 
-    def _iterators(self, positions: Int64, size: int) -> Any:
+    def _iterators(self, positions: Int64, size: int, tokens: int | None) -> Any:
         feed = self._sampling.feed
         packed = None if feed is None else feed.micro_batches(positions, size)
+        if packed is not None and tokens is not None:
+            packed = [shortened(batch, tokens) for batch in packed]
         if not isinstance(self._call["data_iterator"], list) and len(self._chunks) == 1:
             return None if packed is None else iter(packed)
         return [None if packed is None else iter(packed) for _ in self._chunks]

@@ -31,7 +31,7 @@ from es_megatron.frameworks.megatron_lm_data import (
     upstream_parts,
     weigh_sources,
 )
-from es_megatron.frameworks.megatron_lm_settings import REFUSED, StartingPoint, refuse
+from es_megatron.frameworks.megatron_lm_settings import REFUSED, StartingPoint, check_pruner, refuse
 
 REFUSED_HERE = {**REFUSED, **REFUSED_BY_MEGATRON_DEEPSPEED}
 
@@ -43,6 +43,11 @@ def check_settings(args: Namespace) -> None:
         ConfigError: names the flag, why, and the cure.
     """
     refuse(args, REFUSED_HERE)
+    check_pruner(args)
+    if getattr(args, "es_scorer", None) == "prefix" or getattr(args, "es_policy", None) == "grad-norm":
+        raise ConfigError(
+            "`--es-scorer prefix` and `--es-policy grad-norm` have not been tried on Megatron-DeepSpeed. Use others."
+        )
     if not args.deepspeed:
         raise ConfigError(
             "`--deepspeed` must be given with Evolved Sampling on Megatron-DeepSpeed. Give it, or use Megatron-LM."

@@ -211,12 +211,13 @@ def wrap_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
     args = _run.args
 
     def sized(**call: Any) -> Any:
-        # ranks that get their batch from a tensor-parallel peer make room for it by Megatron's own micro-batch size
-        before, args.micro_batch_size = args.micro_batch_size, call["micro_batch_size"]
+        # ranks that get their batch from a tensor-parallel peer make room for it by Megatron's own sizes
+        before = args.micro_batch_size, args.seq_length
+        args.micro_batch_size, args.seq_length = call["micro_batch_size"], call["seq_length"]
         try:
             return schedule(**call)
         finally:
-            args.micro_batch_size = before
+            args.micro_batch_size, args.seq_length = before
 
     return _run.sampling.wrap(sized)
 

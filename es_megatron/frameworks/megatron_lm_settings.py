@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from es_megatron.algorithm.pruners import PRUNERS
 from es_megatron.checkpoint.sealed import parse_json
 from es_megatron.errors import CheckpointError, ConfigError
 
@@ -60,10 +61,25 @@ def check_settings(args: Namespace) -> None:
         ConfigError: names the flag, why, and the cure.
     """
     refuse(args, REFUSED)
+    check_pruner(args)
     if args.dataloader_type not in ("single", "cyclic"):
         raise ConfigError(
             f"`--dataloader-type` must be single or cyclic with Evolved Sampling, but is "
             f"{args.dataloader_type!r} instead: the data order is its own. Leave it out."
+        )
+
+
+def check_pruner(args: Namespace) -> None:
+    """Refuse a pruner that changes the learning rate: upstream's schedule sets it.
+
+    Raises:
+        ConfigError: names the flag and the cure.
+    """
+    pruner = getattr(args, "es_pruner", "eswp")
+    if PRUNERS.make(pruner, getattr(args, "es_pruner_options", ())).corrects_rate:
+        raise ConfigError(
+            f"`--es-pruner` must be one that leaves the learning rate alone, but is {pruner} instead: Megatron's own "
+            "schedule sets it. Use another one, or `es-megatron pretrain`."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from es_megatron.config import EvolvedSamplingConfig
+
 Float32 = npt.NDArray[np.float32]
 
 RNG_TRACKERS = {
@@ -21,24 +24,44 @@ RNG_TRACKERS = {
 """Modules that keep random states of their own, if something has imported them, and what gives their tracker."""
 
 
-def sequence_losses(output: Tensor, mask: Tensor) -> Tensor:
+PREFIX_MULTIPLE = 8
+
+
+def scored_tokens(config: EvolvedSamplingConfig, seq_length: int) -> int:
+    """First tokens of a sequence that its score is about: all, but for the `prefix` scorer."""
+    if config.scorer != "prefix":
+        return seq_length
+    return min(seq_length, math.ceil(config.prefix_share * seq_length / PREFIX_MULTIPLE) * PREFIX_MULTIPLE)
+
+
+def shortened(batch: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """The first tokens of a micro-batch: of tensors `[b, T]`, and of attention masks `[b, 1, T, T]`."""
+    return {
+        name: tensor[..., :tokens, :tokens] if tensor.dim() == 4 else tensor[:, :tokens]
+        for name, tensor in batch.items()
+    }
+
+
+def sequence_losses(output: Tensor, mask: Tensor, tokens: int | None = None) -> Tensor:
     """Mean token loss of each sequence under its mask, detached; nan where no token counts.
 
     Args:
         output: token losses `[b, T]`.
         mask: `[b, T]` or of as many elements.
+        tokens: only the first ones count; None: all.
 
     Returns:
         float32 `[b]`.
     """
     loss_BT = output.detach().float()
     mask_BT = mask.detach().reshape(loss_BT.shape).float()
+    loss_BT, mask_BT = loss_BT[:, :tokens], mask_BT[:, :tokens]
     return torch.where(mask_BT > 0, loss_BT * mask_BT, 0.0).sum(dim=1) / mask_BT.sum(dim=1)
 
 
 def join(found: list[Tensor]) -> Float32 | None:
-    """Losses of all micro-batches as one CPU array; None where this stage has none."""
-    return torch.cat(found).float().cpu().numpy() if found else None
+    """Losses of all micro-batches as one CPU array, along the last axis; None where this stage has none."""
+    return torch.cat(found, dim=-1).float().cpu().numpy() if found else None
 
 
 @contextmanager

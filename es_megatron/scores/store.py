@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from es_megatron.algorithm.evolution import MAX_VISITS, evolve, raise_to_floor, usable_scores
 from es_megatron.algorithm.ownership import owned_range
+from es_megatron.algorithm.pruners import PRUNERS, Block
 from es_megatron.algorithm.pruning import kept_count
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
-from es_megatron.algorithm.selection import race_keys
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
@@ -61,6 +61,15 @@ class Staged(NamedTuple):
     score: Float32
 
 
+class StandIn(NamedTuple):
+    """Weight of kept samples that stand for those that were left out."""
+
+    threshold: float
+    """Of those whose used score is below this."""
+    factor: float
+    """What their losses are multiplied by."""
+
+
 class ScoreStore:
     """Scores and visits of this rank's range, and the collectives that make the ranges one store."""
 
@@ -77,6 +86,8 @@ class ScoreStore:
         self.score: Float32 = allocate(self.high - self.low, np.float32, config.score_folder)
         self.visits: UInt8 = allocate(self.high - self.low, np.uint8, config.score_folder)
         self.masks = MaskMemory(config.mask_folder, replica)
+        random = config.arm == "uniform-prune"
+        self.pruner = PRUNERS.make("random" if random else config.pruner, () if random else config.pruner_options)
         self.start = 1.0 / manifest.total
         self._sums: Int64 = np.zeros((len(manifest.components), 2), dtype=np.int64)
         self._staged: Staged | None = None
@@ -194,6 +205,23 @@ class ScoreStore:
             pieces = self._shuffled(MaskMemory(None, self.replica).build(pieces, samples), component, epoch)
         return self.masks.build(pieces, samples)
 
+    def stand_in(self, component: int) -> StandIn | None:
+        """What kept samples below the mean weigh if the component is pruned now, where the pruner rescales; collective.
+
+        Those below are as many times more as are kept of them (Qin et al. 2024: 1 / (1 - r)).
+        """
+        if not self.pruner.rescales:
+            return None
+        unseen, mean = self._prune_scale(component)
+        own = sum(
+            int(np.count_nonzero(self._weight(score, visits, unseen, mean) < np.float32(mean)))
+            for score, visits, _ in self._blocks(component)
+        )
+        below = int(self.replica.sum_over_dp(np.asarray([own], dtype=np.int64))[0])
+        samples = int(self.manifest.sizes[component])
+        kept_below = below - (samples - kept_count(samples, self.config.pruning_ratio))
+        return StandIn(float(np.float32(mean)), below / kept_below if kept_below > 0 else 1.0)
+
     def checksum(self) -> int:
         """CRC-32 of this rank's scores and visits; copies across tensor and pipeline ranks agree."""
         return zlib.crc32(self.visits.data, zlib.crc32(self.score.data))
@@ -252,22 +280,21 @@ class ScoreStore:
 
     def _prune_scale(self, component: int) -> tuple[float, float]:
         """What an unseen sample counts as, and the mean that the floor refers to."""
-        if self.config.correction == "paper" and self.config.weight_floor == 0:
+        if self.config.correction == "paper" and self.config.weight_floor == 0 and not self.pruner.needs_mean:
             return 0.0, 0.0
         mean = float(self.component_means()[component])
         return mean, mean
 
-    def _key(self, score: Float32, visits: UInt8, uniform: Float64, unseen: float, mean: float) -> Float64:
-        if self.config.arm == "uniform-prune":
-            return race_keys(np.ones(len(uniform), np.float32), uniform)
+    def _weight(self, score: Float32, visits: UInt8, unseen: float, mean: float) -> Float32:
+        """Scores as pruning uses them."""
         weight = np.maximum(self._usable(score, visits, unseen), np.finfo(np.float32).tiny)
-        return race_keys(raise_to_floor(weight, self.config.weight_floor, mean), uniform)
+        return raise_to_floor(weight, self.config.weight_floor, mean)
 
     def _keys(self, component: int, epoch: int, unseen: float, mean: float) -> Iterator[Float64]:
         name = component_key(self.manifest.components[component].name)
         for score, visits, row in self._blocks(component):
             uniform = uniforms(self.config.seed, Purpose.PRUNE, name, epoch, row, len(score))
-            yield self._key(score, visits, uniform, unseen, mean)
+            yield self.pruner.keys(Block(self._weight(score, visits, unseen, mean), visits, uniform, mean, epoch))
 
     def _sample_keys(self, component: int, epoch: int, unseen: float, mean: float) -> Float64:
         """Keys of the same evenly spread rows on every rank; they only narrow the search."""
@@ -276,7 +303,8 @@ class ScoreStore:
         found = self.lookup_local(self.manifest.sample_ids(component, rows))
         packed = self.replica.sum_over_dp(np.stack([found.score, found.visits.astype(np.float32)]))
         uniform = uniforms(self.config.seed, Purpose.PRUNE, component + 1, epoch, samples, len(rows))
-        return self._key(packed[0], packed[1].astype(np.uint8), uniform, unseen, mean)
+        visits = packed[1].astype(np.uint8)
+        return self.pruner.keys(Block(self._weight(packed[0], visits, unseen, mean), visits, uniform, mean, epoch))
 
     def _gather(self, kept: UInt8, first: int, samples: int) -> Iterator[UInt8]:
         """Join the parts of all data-parallel ranks, piece by piece; model-parallel rank 0's word counts.

@@ -16,7 +16,7 @@ from es_megatron.errors import DataError
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
 from es_megatron.metrics import LogEntry, RunTotals
 from es_megatron.parallel import Replica
-from es_megatron.plan import Layout, describe, nominal, predict
+from es_megatron.plan import FORWARD_COST, TRAIN_COST, Layout, describe, nominal, predict
 from es_megatron.trainer.backend import Backend, Iteration, build_backend, start, stop
 from es_megatron.trainer.checkpoints import RunCheckpoints
 from es_megatron.trainer.journal import Journal
@@ -156,22 +156,27 @@ class Trainer:
 
     def _summary(self, finished: bool) -> dict[str, Any]:
         plan, seq_length = self.engine.plan, self.settings.model.seq_length
-        whole, calibrated = nominal(self.layout), predict(plan, self.layout)
+        whole, calibrated, price = nominal(self.layout), predict(plan, self.layout), plan.config.scoring_price
         names = [component.name for component in self.blend.manifest.components]
         return {
             "finished": finished,
             "arm": plan.config.arm,
             "scorer": plan.config.scorer if plan.config.scores else None,
+            "policy": plan.config.policy if plan.config.scores else None,
+            "pruner": plan.config.pruner if plan.config.prunes else None,
+            "score_price": price,
+            "sequences_scored": self.totals.sequences_scored,
+            "sequences_trained": self.totals.sequences_trained,
             "iterations": self.engine.iteration,
             "planned_iterations": plan.schedule.iterations,
             "plain_iterations": plan.plain_iterations,
             "meta_batch": plan.meta_batch,
             "kept": plan.kept,
             "passes": dict(zip(names, plan.schedule.passes(self.engine.iteration).tolist(), strict=True)),
-            "tokens_scored": self.totals.sequences_scored * seq_length,
+            "tokens_scored": round(price * self.totals.sequences_scored * seq_length),
             "tokens_trained": self.totals.sequences_trained * seq_length,
             "chosen": dict(zip(names, self.totals.chosen.tolist(), strict=True)),
-            "cost": self.totals.sequences_scored + 3 * self.totals.sequences_trained,
+            "cost": FORWARD_COST * price * self.totals.sequences_scored + TRAIN_COST * self.totals.sequences_trained,
             "plain_cost": plan.plain_cost,
             "seconds": self.totals.seconds,
             "nominal_saving": predict(plan, whole).saving,

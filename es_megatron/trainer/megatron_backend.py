@@ -13,6 +13,7 @@ from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_core import attach
 from es_megatron.frameworks.megatron_data import LoadedBlend
+from es_megatron.frameworks.rate import scaled_rate
 from es_megatron.plan import Layout
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.model import build_model, forward_step, settled_weights, transformer_config
@@ -68,8 +69,9 @@ class MegatronBackend:
             micro_batch_size=training.micro_batch_size,
         )
         began = time.perf_counter()
-        succeeded, norm = step(self.optimizer)
-        rate = learning_rate(self.optimizer)
+        with scaled_rate(self.optimizer, self.engine.rate_factor):
+            succeeded, norm = step(self.optimizer)
+            rate = learning_rate(self.optimizer)
         if succeeded:
             self.scheduler.step(1)
         self.sampling.finish(succeeded)

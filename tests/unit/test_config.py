@@ -104,8 +104,14 @@ def test_unknown_choice_names_the_choices_and_the_nearest(name, value, near):
 def test_settings_that_cannot_work_together():
     with pytest.raises(ConfigError, match=r"`inclusion_weights` must be off .* Use `granularity: sample`"):
         EvolvedSamplingConfig(inclusion_weights=True, granularity="microbatch")
-    with pytest.raises(ConfigError, match="`match_cost` must be off for arm `es`"):
-        EvolvedSamplingConfig(match_cost=True)
+    with pytest.raises(ConfigError, match="`match_cost` must be off for arm `shortened`"):
+        EvolvedSamplingConfig(match_cost=True, arm="shortened")
+    with pytest.raises(ConfigError, match="`match_cost` must be off with `budget`"):
+        EvolvedSamplingConfig(match_cost=True, budget=0.5)
+    with pytest.raises(ConfigError, match=r"`initial_scores` must be given with `scorer: external`"):
+        EvolvedSamplingConfig(scorer="external")
+    with pytest.raises(ConfigError, match=r"`selection_parts` must be off with `granularity: microbatch`"):
+        EvolvedSamplingConfig(selection_parts=2, granularity="microbatch")
     assert EvolvedSamplingConfig(match_cost=True, arm="uniform-prune").match_cost
     assert EvolvedSamplingConfig(inclusion_weights=True).inclusion_weights
 

@@ -1,0 +1,294 @@
+"""Batch-level policies: what a meta-batch's losses make of its sequences, behind one registry.
+
+A policy gives a weight to each sequence. Those that *draw* enter a race with it, in which b win at random; those that
+*rank* take the b largest. State, where a policy has any, is a mapping of lists that a checkpoint carries.
+Shapes: B sequences of a meta-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from es_megatron.algorithm.registry import Registry
+from es_megatron.errors import ConfigError
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+State = dict[str, list[float]]
+
+
+class Evidence(NamedTuple):
+    """What is known of a meta-batch when it is chosen from; every loss in it is finite."""
+
+    loss_B: Float64
+    """Mean token loss at the current parameters, in nats; where no fresh pass was made, the stored score."""
+    weight_B: Float64
+    """The weight of Evolved Sampling (eq. 2.5); without a fresh pass the stored score."""
+    norm_B: Float64 | None
+    """Bound of the gradient's norm, for policies that need it."""
+    chosen: int
+    """How many are going to be chosen (b)."""
+    iteration: int
+
+
+class Weighed(NamedTuple):
+    """What a policy says."""
+
+    weight_B: Float64
+    """Above 0 and finite for those that draw, any finite number for those that rank."""
+    state: State
+
+
+class Policy(Protocol):
+    """A batch-level policy; instances are made of options, and never change."""
+
+    draws: bool
+    """Whether weights enter a race, or the largest win."""
+    needs_norm: bool
+    """Whether the scoring pass has to tell the bound of gradient norms."""
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """Weigh the sequences of a meta-batch; empty state at the first call."""
+        ...
+
+
+POLICIES: Registry[Policy] = Registry("policy", "es_megatron.policies")
+
+
+@POLICIES.register("es")
+@dataclass(frozen=True)
+class EvolvedSamplingPolicy:
+    """Evolved Sampling (arXiv 2509.23461): draw by w; with `power` 1 and `leave_out` 0 as published."""
+
+    power: float = 1.0
+    """Weights are raised to this: above 1 sharper, between 0 and 1 flatter, below 0 the low ones are preferred."""
+    leave_out: float = 0.0
+    """Share of the meta-batch, that with the highest weights, that is never chosen: damage, mostly. In [0, 1)."""
+
+    draws = True
+    needs_norm = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not 0 <= self.leave_out < 1:
+            raise ConfigError(f"Option `leave_out` of policy `es` must be in [0, 1), but is {self.leave_out} instead.")
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        weight_B = np.maximum(evidence.weight_B, np.finfo(np.float32).tiny) ** self.power
+        out = min(int(self.leave_out * len(weight_B)), len(weight_B) - evidence.chosen)
+        if out > 0:
+            # not 0, which would mean that it has no loss: the race takes them last
+            weight_B[np.argsort(evidence.weight_B, kind="stable")[-out:]] = np.finfo(np.float64).tiny
+        return Weighed(weight_B, state)
+
+
+@POLICIES.register("uniform")
+@dataclass(frozen=True)
+class UniformPolicy:
+    """Draw uniformly: for runs where only the pruner looks at scores."""
+
+    draws = True
+    needs_norm = False
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        return Weighed(np.ones(len(evidence.loss_B)), state)
+
+
+@POLICIES.register("loss")
+@dataclass(frozen=True)
+class LossPolicy:
+    """Draw proportionally to the loss (Katharopoulos & Fleuret 2017): Evolved Sampling with beta1 = 0."""
+
+    draws = True
+    needs_norm = False
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        return Weighed(np.maximum(evidence.loss_B, np.finfo(np.float32).tiny), state)
+
+
+@POLICIES.register("order")
+@POLICIES.register("big-loss")
+@dataclass(frozen=True)
+class BigLossPolicy:
+    """The b largest losses: Ordered SGD (Kawaguchi & Lu 2020), and Big Loss as AdaSelection has it."""
+
+    draws = False
+    needs_norm = False
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        return Weighed(evidence.loss_B, state)
+
+
+@POLICIES.register("small-loss")
+@dataclass(frozen=True)
+class SmallLossPolicy:
+    """The b smallest losses (Shah et al. 2020, as AdaSelection has it)."""
+
+    draws = False
+    needs_norm = False
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        return Weighed(-evidence.loss_B, state)
+
+
+@POLICIES.register("grad-norm")
+@dataclass(frozen=True)
+class GradientNormPolicy:
+    """The b largest bounds of the gradient's norm (Katharopoulos & Fleuret 2018; AdaSelection takes the largest).
+
+    The bound is the norm of the mean token loss's gradient at the logits, softmax minus target: no backward pass.
+    """
+
+    draws = False
+    needs_norm = True
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        assert evidence.norm_B is not None  # the engine asks for it
+        return Weighed(evidence.norm_B, state)
+
+
+@POLICIES.register("adaboost")
+@dataclass(frozen=True)
+class AdaBoostPolicy:
+    """Draw by AdaBoost's weights, log((1 + l) / (1 - l)) / 2 (AdaSelection eq. 1), with losses scaled below 1.
+
+    The b largest of them would be the b largest losses, since the weight rises with the loss.
+    """
+
+    largest: float = 0.99
+    """What the largest loss of the meta-batch is scaled to, in (0, 1)."""
+
+    draws = True
+    needs_norm = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not 0 < self.largest < 1:
+            raise ConfigError(
+                f"Option `largest` of policy `adaboost` must be in (0, 1), but is {self.largest} instead."
+            )
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        return Weighed(np.maximum(np.arctanh(scaled(evidence.loss_B, self.largest)), np.finfo(np.float32).tiny), state)
+
+
+@POLICIES.register("coreset-1")
+@dataclass(frozen=True)
+class ExtremesPolicy:
+    """Half of the choice from the largest losses, half from the smallest (AdaSelection, Coresets Approximation 1)."""
+
+    draws = False
+    needs_norm = False
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        return Weighed(extremes(evidence.loss_B), state)
+
+
+@POLICIES.register("coreset-2")
+@dataclass(frozen=True)
+class MeanPolicy:
+    """The b losses closest to the meta-batch's mean (AdaSelection, Coresets Approximation 2)."""
+
+    draws = False
+    needs_norm = False
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        return Weighed(-np.abs(evidence.loss_B - evidence.loss_B.mean()), state)
+
+
+MIXABLE = ("big-loss", "small-loss", "uniform", "adaboost", "coreset-1", "coreset-2")
+
+
+@POLICIES.register("adaselection")
+@dataclass(frozen=True)
+class AdaSelectionPolicy:
+    """AdaSelection (Zhang et al. 2024): methods weighted by how their losses fall, times a curriculum reward (eq. 3-5).
+
+    A method's importance of a sample is the softmax of what it ranks by; its loss is the mean over the b samples that
+    it would choose. `selection_parts` above 1 fills the batch over that many parts of the meta-batch, as Algorithm 2
+    fills it over mini-batches.
+    """
+
+    methods: tuple[str, ...] = ("big-loss", "small-loss", "uniform")
+    """Of `MIXABLE`."""
+    beta: float = 0.5
+    """How fast methods gain or lose weight, in [-1, 1] (eq. 3)."""
+    curriculum: float = -0.5
+    """Exponent of the iteration in the reward (gamma of eq. 4); below 0 easy samples are preferred at first only."""
+
+    draws = False
+    needs_norm = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        unknown = [name for name in self.methods if name not in MIXABLE]
+        if unknown or not self.methods:
+            raise ConfigError(
+                f"Option `methods` of policy `adaselection` must be some of {', '.join(MIXABLE)}, "
+                f"but is {', '.join(self.methods) or 'empty'} instead."
+            )
+        if not -1 <= self.beta <= 1:
+            raise ConfigError(f"Option `beta` of policy `adaselection` must be in [-1, 1], but is {self.beta} instead.")
+
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        """See `Policy.weigh`."""
+        loss_B = evidence.loss_B
+        ranks_MB = np.stack([self._ranking(name, loss_B) for name in self.methods])
+        alpha_MB = softmax(ranks_MB)
+        top_Mb = np.argsort(-ranks_MB, axis=1, kind="stable")[:, : evidence.chosen]
+        uniform_M = np.asarray([name == "uniform" for name in self.methods])
+        loss_M = np.where(uniform_M, loss_B.mean(), loss_B[top_Mb].mean(axis=1))
+        weight_M = np.asarray(state.get("weight", [1.0 / len(self.methods)] * len(self.methods)))
+        if "loss" in state:
+            before_M = np.asarray(state["loss"])
+            weight_M = weight_M * np.exp(self.beta * (before_M - loss_M) / np.maximum(before_M, 1e-12))
+            weight_M = weight_M / weight_M.sum()
+        time = float(evidence.iteration + 1) ** self.curriculum
+        reward_B = np.exp(-time * loss_B / np.maximum((loss_B**2).sum(), 1e-12))
+        return Weighed(reward_B * (weight_M @ alpha_MB), {"weight": weight_M.tolist(), "loss": loss_M.tolist()})
+
+    def _ranking(self, name: str, loss_B: Float64) -> Float64:
+        match name:
+            case "big-loss":
+                return loss_B
+            case "small-loss":
+                return -loss_B
+            case "adaboost":
+                return np.arctanh(scaled(loss_B, 0.99))
+            case "coreset-1":
+                return extremes(loss_B)
+            case "coreset-2":
+                return -np.abs(loss_B - loss_B.mean())
+            case _:
+                return np.zeros_like(loss_B)
+
+
+def scaled(loss_B: Float64, largest: float) -> Float64:
+    """Losses scaled so that the largest of them is `largest`, float64[B]."""
+    return loss_B * (largest / max(float(loss_B.max()), 1e-12))
+
+
+def extremes(loss_B: Float64) -> Float64:
+    """Distance of each loss's rank from the middle rank, float64[B]: large at both ends."""
+    rank_B = np.empty(len(loss_B))
+    rank_B[np.argsort(loss_B, kind="stable")] = np.arange(len(loss_B))
+    return np.abs(rank_B - (len(loss_B) - 1) / 2)
+
+
+def softmax(values_MB: npt.NDArray[Any]) -> Float64:
+    """Softmax over the last axis."""
+    shifted_MB = np.exp(values_MB - values_MB.max(axis=-1, keepdims=True))
+    return shifted_MB / shifted_MB.sum(axis=-1, keepdims=True)

@@ -1,0 +1,83 @@
+"""Policies and pruners by name: those of this package, and those that other packages bring by entry point.
+
+A package adds one in its own metadata, and users name it as they name those that are here:
+
+    [project.entry-points."es_megatron.policies"]
+    newest-first = "their_package:NewestFirst"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar, cast
+
+import yaml
+
+from es_megatron.config import build
+from es_megatron.errors import ConfigError
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+
+class Registry(Generic[T]):
+    """Classes by name; instances are made of options."""
+
+    def __init__(self, kind: str, group: str) -> None:
+        """Start empty.
+
+        Args:
+            kind: what the entries are, for messages: `policy` or `pruner`.
+            group: of entry points.
+        """
+        self._kind, self._group = kind, group
+        self._classes: dict[str, type] = {}
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Give a frozen dataclass a name."""
+
+        def add(cls: C) -> C:
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def names(self) -> list[str]:
+        """Every name there is, other packages' among them."""
+        return sorted({*self._classes, *(point.name for point in entry_points(group=self._group))})
+
+    def make(self, name: str, options: Sequence[str] = ()) -> T:
+        """Make the instance of a name.
+
+        Args:
+            name: of a class of this package, or of an entry point.
+            options: `option=value`, for the fields of its class; `a+b` for a list.
+
+        Raises:
+            ConfigError: no such name, or option, or a value of another type.
+        """
+        cls = self._classes.get(name) or self._load(name)
+        fields = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        values: dict[str, Any] = {}
+        for option in options:
+            key, equals, text = option.partition("=")
+            if not equals:
+                raise ConfigError(f"Option `{option}` of {self._kind} `{name}` must be `option=value`.")
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                hint = f"Did you mean `{near[0]}`?" if near else f"It has {', '.join(fields) or 'none'}."
+                raise ConfigError(f"There is no option `{key}` of {self._kind} `{name}`. {hint}")
+            listed = isinstance(fields[key].default, tuple)
+            values[key] = text.split("+") if listed else yaml.safe_load(text)
+        return cast(T, build(cls, values, f"options of {self._kind} {name}") if fields else cls())
+
+    def _load(self, name: str) -> type:
+        for point in entry_points(group=self._group):
+            if point.name == name:
+                return point.load()
+        near = difflib.get_close_matches(name, self.names(), n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else f"There are {', '.join(self.names())}."
+        raise ConfigError(f"There is no {self._kind} `{name}`. {hint}")
