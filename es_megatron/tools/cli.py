@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from es_megatron.tools.config_patch import command as patch
     from es_megatron.tools.config_patch import undo
     from es_megatron.tools.forecast import command as plan
+    from es_megatron.tools.report import command as report
 
     for name, module in (
         ("prepare", prepare),
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("demo", demo),
         ("compare", compare),
         ("plan", plan),
+        ("report", report),
         ("run", run),
         ("launch", launch),
         ("preflight", preflight),

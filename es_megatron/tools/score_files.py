@@ -108,7 +108,7 @@ def describe(files: ScoreFiles, component: int) -> Distribution:
         visits += np.bincount(block.visits, minlength=256)
         score = block.score[block.visits > 0]
         if len(score):
-            bins += np.bincount(score.view(np.uint32) >> np.uint32(16), minlength=BINS)
+            bins += np.bincount(bins_of(score), minlength=BINS)
             wide = score.astype(np.float64)
             total, squares = total + float(wide.sum()), squares + float(wide @ wide)
             low, high = min(low, float(score.min())), max(high, float(score.max()))
@@ -116,7 +116,7 @@ def describe(files: ScoreFiles, component: int) -> Distribution:
     mean = total / seen if seen else np.nan
     upto = np.cumsum(bins)
     places = [int(np.searchsorted(upto, np.ceil(q * (seen - 1)), side="right")) for q in QUANTILES]
-    middles = (np.minimum(places, BINS - 1).astype(np.uint32) << np.uint32(16) | np.uint32(1 << 15)).view(np.float32)
+    middles = middles_of(np.minimum(places, BINS - 1))
     return Distribution(
         component=files.manifest.components[component].name,
         samples=samples,
@@ -129,6 +129,26 @@ def describe(files: ScoreFiles, component: int) -> Distribution:
         visits=float(visits @ np.arange(256) / samples),
         ages=tuple(float(visits[first : last + 1].sum() / samples) for first, last in AGES),
     )
+
+
+def count_by_age(files: ScoreFiles, component: int) -> Int64:
+    """Histograms of a component's seen scores by range of visits, int64[AGES, BINS]; `middles_of` tells the bins."""
+    counts = np.zeros((len(AGES), BINS), np.int64)
+    for block in files.blocks(component):
+        for age, (first, last) in enumerate(AGES):
+            score = block.score[(block.visits >= first) & (block.visits <= last)]
+            counts[age] += np.bincount(bins_of(score), minlength=BINS)
+    return counts
+
+
+def bins_of(score: Float32) -> npt.NDArray[np.uint32]:
+    """The upper half of the bits of each score, a bin in [0, BINS)."""
+    return score.view(np.uint32) >> np.uint32(16)
+
+
+def middles_of(bins: npt.ArrayLike) -> Float32:
+    """A score in the middle of each bin."""
+    return (np.asarray(bins, np.uint32) << np.uint32(16) | np.uint32(1 << 15)).view(np.float32)
 
 
 @dataclass(frozen=True)
