@@ -35,8 +35,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "budget": ("scorer=history", "budget=0.5", "pruning_ratio=0"),
     "match-cost": ("scorer=history", "match_cost=true"),
 }
-TOLD = ("policy-adaselection", "policy-grad-norm", "pruner-infobatch", "prefix", "guard")
-"""What the fast suite compares across layouts too."""
+LAYOUTS = ("parallel.pipeline=2", "parallel.tensor=2", "data.prefetch=2")
+"""Of two ranks; the last is data-parallel."""
+FAST = {("policy-grad-norm", LAYOUTS[1]), ("pruner-infobatch", LAYOUTS[0]), ("prefix", LAYOUTS[0])}
 Run = Callable[..., list[History]]
 
 
@@ -79,7 +80,7 @@ def test_every_variant_runs_to_its_end_and_chooses_in_its_own_way(alone: dict[st
             assert len(history.chosen) < ITERATIONS
         else:
             assert len(history.chosen[STOP]) < META_BATCH, name
-    middle = {name: str(history.chosen[3:10]) for name, history in alone.items()}
+    middle = {name: str(history.chosen) for name, history in alone.items()}
     same = {"policy-big-loss", "policy-order"}
     assert middle["policy-big-loss"] == middle["policy-order"]
     # pruners differ in masks, and the first epochs have none
@@ -113,14 +114,14 @@ def test_the_guard_falls_back(alone: dict[str, History]) -> None:
 
 @pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.parametrize(
-    "name", [name if name in TOLD else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-)
-@pytest.mark.parametrize(
-    "layout", ["parallel.pipeline=2", "parallel.tensor=2", pytest.param("data.prefetch=2", marks=pytest.mark.slow)]
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=() if (name, layout) in FAST else pytest.mark.slow)
+        for name in VARIANTS
+        for layout in LAYOUTS
+    ],
 )
 def test_layouts_choose_alike(name: str, layout: str, alone: dict[str, History], blend: Path, tmp_path: Path) -> None:
-    if name in TOLD and layout == "parallel.tensor=2" and name != "policy-grad-norm":
-        pytest.skip("the vocabulary is split only for the norms")
     for found in run_on_ranks(2, train_all, (name,), blend, tmp_path, layout, timeout=SECONDS):
         history, reference = found[name], alone[name]
         assert history.chosen == reference.chosen
@@ -129,7 +130,14 @@ def test_layouts_choose_alike(name: str, layout: str, alone: dict[str, History],
 
 
 @pytest.mark.timeout(SECONDS + 60)
-@pytest.mark.parametrize("name", ["policy-adaselection", "pruner-infobatch", "pruner-kakurenbo", "guard", "parts"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "policy-adaselection",
+        "pruner-infobatch",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pruner-kakurenbo", "guard", "parts")),
+    ],
+)
 def test_state_survives_a_resume(name: str, alone: dict[str, History], blend: Path, tmp_path: Path) -> None:
     def terminate(trainer: Trainer, iteration: int) -> None:
         if iteration == STOP:
