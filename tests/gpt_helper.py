@@ -12,14 +12,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from es_megatron.trainer.model import build_model, data_parallel_size, forward_step, initialize, reads_data
+from es_megatron.trainer.model_settings import ModelSettings, ParallelSettings
 from es_megatron.trainer.optimizer import build_optimizer, build_scheduler, step, zero_gradients
-from es_megatron.trainer.settings import (
-    DataSettings,
-    ModelSettings,
-    ParallelSettings,
-    PretrainSettings,
-    TrainingSettings,
-)
+from es_megatron.trainer.settings import DataSettings, PretrainSettings, TrainingSettings
 
 VOCABULARY = 60
 META_BATCH = 8

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from es_megatron.trainer.initial_weights import leave_uninitialized, set_initial_weight, set_initial_weights
 from es_megatron.trainer.model import build_chunk, layer_spec, padded_vocab_size, transformer_config
-from es_megatron.trainer.settings import ModelSettings, PretrainSettings
+from es_megatron.trainer.model_settings import ModelSettings
+from es_megatron.trainer.settings import PretrainSettings
 
 TIED = "embedding"
 WORDS = "embedding.word_embeddings.weight"

@@ -10,7 +10,7 @@ from es_megatron.config import require
 from es_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
-    from es_megatron.trainer.settings import ParallelSettings
+    from es_megatron.trainer.model_settings import ParallelSettings
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from es_megatron.trainer.settings import ModelSettings
+from es_megatron.trainer.model_settings import ModelSettings
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 GATED = "mlp.linear_fc1.weight"

@@ -23,8 +23,8 @@ from es_megatron.trainer.model import (
     settled_weights,
     unwrap,
 )
+from es_megatron.trainer.model_settings import ParallelSettings
 from es_megatron.trainer.optimizer import learning_rate, step, zero_gradients
-from es_megatron.trainer.settings import ParallelSettings
 from tests.gpt_helper import (
     GPT2,
     LARGE_LAYOUTS,

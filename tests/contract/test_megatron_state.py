@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from es_megatron.errors import CheckpointError
 from es_megatron.trainer import model_state
+from es_megatron.trainer.model_settings import ParallelSettings
 from es_megatron.trainer.model_state import load_model, save_model
-from es_megatron.trainer.settings import ParallelSettings
 from tests.gpt_helper import LARGE_LAYOUTS, LAYOUTS, Layout, Run, settings_of
 from tests.ranks_helper import run_on_ranks
 

@@ -1,0 +1,159 @@
+"""The GPT of a pretraining run, and its layout over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from es_megatron.config import require, require_choice
+from es_megatron.errors import ConfigError
+
+Normalization = Literal["LayerNorm", "RMSNorm"]
+PositionEmbedding = Literal["rope", "learned"]
+Recompute = Literal["none", "full"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A GPT; the vocabulary comes from the tokenizer of the blend."""
+
+    num_layers: int = 4
+    """Transformer layers, >= 1."""
+
+    hidden_size: int = 128
+    """Width of the residual stream, a multiple of `num_attention_heads`."""
+
+    num_attention_heads: int = 4
+    """Attention heads of a layer, >= 1."""
+
+    num_query_groups: int | None = None
+    """Heads of keys and values, shared by groups of query heads; None: one for each head."""
+
+    ffn_hidden_size: int | None = None
+    """Width of the feed-forward layer; None: 4 x hidden, or with `swiglu` 8/3 x hidden, rounded up to 64s."""
+
+    seq_length: int = 128
+    """Tokens in a sample."""
+
+    normalization: Normalization = "RMSNorm"
+    """`LayerNorm` or `RMSNorm`."""
+
+    position_embedding: PositionEmbedding = "rope"
+    """`rope` (rotary) or `learned`."""
+
+    swiglu: bool = True
+    """Gated SiLU in the feed-forward layer; otherwise GELU."""
+
+    bias: bool = False
+    """Bias terms in the linear layers."""
+
+    tie_embeddings: bool = True
+    """Use the embedding as the output layer's weight."""
+
+    dropout: float = 0.0
+    """Dropout of attention and hidden states, in [0, 1). Scoring never drops."""
+
+    init_std: float = 0.02
+    """Standard deviation of the initial weights, > 0; divided by sqrt(2 layers) where they write to the residual."""
+
+    init_seed: int = 1234
+    """Seed of the initial weights, >= 0. They do not depend on the parallel layout."""
+
+    vocab_multiple: int = 128
+    """The vocabulary is padded to a multiple of this and of the tensor-parallel size, >= 1. Padded tokens take part in
+    the softmax, so runs to be compared need the same padding: any tensor-parallel size that divides this gives it."""
+
+    recompute: Recompute = "none"
+    """`none`, or `full`: keep only the input of each layer and compute it again in the backward pass."""
+
+    def __post_init__(self) -> None:
+        """Check every field and their combinations."""
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_multiple"):
+            require_positive(name, getattr(self, name))
+        for name in ("num_query_groups", "ffn_hidden_size"):
+            require_positive(name, getattr(self, name), optional=True)
+        require_choice("normalization", self.normalization, Normalization)
+        require_choice("position_embedding", self.position_embedding, PositionEmbedding)
+        require_choice("recompute", self.recompute, Recompute)
+        require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        require(self.init_std > 0, "init_std", "> 0", self.init_std)
+        require(self.init_seed >= 0, "init_seed", ">= 0", self.init_seed)
+        heads = self.num_attention_heads
+        require(self.hidden_size % heads == 0, "hidden_size", f"a multiple of {heads} heads", self.hidden_size)
+        even = self.position_embedding != "rope" or self.hidden_size // heads % 2 == 0
+        require(even, "hidden_size", f"an even multiple of {heads} heads with `rope`", self.hidden_size)
+        require(heads % self.query_groups == 0, "num_query_groups", f"a divisor of {heads} heads", self.query_groups)
+
+    @property
+    def query_groups(self) -> int:
+        """Heads of keys and values, filled in."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the feed-forward layer, filled in."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.swiglu else 4 * self.hidden_size
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the model is split over ranks; what is left of the world is data-parallel."""
+
+    tensor: int = 1
+    """Ranks that share each layer, >= 1."""
+
+    pipeline: int = 1
+    """Ranks that share the layers among them, >= 1."""
+
+    virtual_pipeline: int | None = None
+    """Model chunks of each pipeline rank, >= 2, for the interleaved schedule; None: one, without interleaving."""
+
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over data-parallel ranks."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients during the backward pass."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights during the next forward pass; needs the two above."""
+
+    bucket_size: int | None = None
+    """Parameters reduced at a time when overlapping, >= 1; None: Megatron-Core's choice (40 million or more)."""
+
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence over tensor-parallel ranks; needs Transformer Engine."""
+
+    def __post_init__(self) -> None:
+        """Check every field and their combinations."""
+        require_positive("tensor", self.tensor)
+        require_positive("pipeline", self.pipeline)
+        require_positive("bucket_size", self.bucket_size, optional=True)
+        if self.virtual_pipeline is not None:
+            require(self.virtual_pipeline >= 2, "virtual_pipeline", ">= 2 or null", self.virtual_pipeline)
+            if self.pipeline == 1:
+                raise ConfigError(
+                    "`pipeline` must be above 1 with `virtual_pipeline`, but is 1 instead. "
+                    "Set `virtual_pipeline` to null or `pipeline` to 2 or more."
+                )
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise ConfigError(
+                "`overlap_param_gather` needs `distributed_optimizer` and `overlap_grad_reduce`. Set them."
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ConfigError("`sequence_parallel` must be off with `tensor: 1`, which splits nothing. Turn it off.")
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks on each rank."""
+        return self.virtual_pipeline or 1
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel size in a world that `check_layout` accepts."""
+        return world_size // (self.tensor * self.pipeline)
+
+
+def require_positive(name: str, value: int | None, *, optional: bool = False) -> None:
+    """Raise the usual `ConfigError` unless a count is at least 1, or None where that is allowed."""
+    require(optional if value is None else value >= 1, name, ">= 1", value)
