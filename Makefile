@@ -66,7 +66,7 @@ demo: $(STAMP)
 	$(BIN)/es-megatron demo
 
 results-quick: $(STAMP)
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/es-megatron compare benchmarks/quality/quick.yaml
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -21,6 +21,8 @@ def summary(loss=4.0, *, scored=0, trained=80, ratio=2.0, domains=(), **more):
         "finished": True,
         "plain_iterations": 10,
         "meta_batch": 8,
+        "sequences_scored": scored,
+        "sequences_trained": trained,
         "tokens_scored": scored * 16,
         "tokens_trained": trained * 16,
         "chosen": {"a": trained // 4, "b": trained - trained // 4},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from es_megatron.tools.compare.crew import Crew
+from es_megatron.tools.compare.crew import Answer, Crew
 from es_megatron.tools.compare.runs import (
     Blend,
     Outcome,
@@ -118,7 +118,7 @@ class Sham:
 
     def train(self, settings):
         Sham.asked.append(settings["task"])
-        return "broken" if settings["task"].rate == 2e-3 else ""
+        return Answer("broken" if settings["task"].rate == 2e-3 else "")
 
     def close(self):
         pass
@@ -130,8 +130,8 @@ def test_a_crew_runs_everything_once_and_goes_on_after_failures(spec, monkeypatc
     Sham.asked = []
     outcomes: dict[Task, Outcome] = {}
 
-    def note(task: Task, error: str, seconds: float) -> None:
-        outcomes[task] = Outcome({}, error) if error else ended(task.rate)
+    def note(task: Task, answer: Answer) -> None:
+        outcomes[task] = Outcome({}, answer.error) if answer.error else ended(task.rate)
 
     Crew(lambda: open_tasks(spec, outcomes), lambda task: {"task": task}, note).work([Path("log")] * jobs)
     assert len(Sham.asked) == len(set(Sham.asked)) == spec.runs

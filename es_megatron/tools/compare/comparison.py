@@ -10,7 +10,7 @@ from typing import Any
 
 from es_megatron.tools.compare import table
 from es_megatron.tools.compare.blends import make_blend
-from es_megatron.tools.compare.crew import Crew
+from es_megatron.tools.compare.crew import Answer, Crew
 from es_megatron.tools.compare.results import conclude
 from es_megatron.tools.compare.runs import (
     Blend,
@@ -95,8 +95,9 @@ class Comparison:
         write_settings(settings, folder / "settings.yaml")
         return settings
 
-    def _finish(self, task: Task, error: str, seconds: float) -> None:
+    def _finish(self, task: Task, answer: Answer) -> None:
         """Note how a run ended, on disk where the trainer has not."""
+        error = answer.error
         folder = self.directory / task.folder
         _, identity = self._settings(task)
         outcome = None if error else read_outcome(folder, identity)
@@ -107,7 +108,8 @@ class Comparison:
         self.outcomes[task] = outcome
         told = f"FAILED: {error}" if error else f"loss {outcome.loss:.4f}"
         done = f"{len(self.outcomes)}/{self.spec.runs}"
-        print(f"{time.strftime('%H:%M:%S')} [{done}] {task}: {told}, {seconds:.1f} s", flush=True)
+        seconds = f"{answer.seconds:.1f} s ({answer.processor:.1f} s of processor)"
+        print(f"{time.strftime('%H:%M:%S')} [{done}] {task}: {told}, {seconds}", flush=True)
 
     def report(self) -> bool:
         """Print the tables and write them, JSON beside; returns whether a run has failed."""

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from es_megatron.tools.compare.runs import Task
+
+
+class Answer(NamedTuple):
+    """What a worker says at the end of a run."""
+
+    error: str
+    """What went wrong, or nothing."""
+    seconds: float = math.nan
+    """Wall-clock of the run."""
+    processor: float = math.nan
+    """Seconds of processor, which other work on the machine does not lengthen as much."""
 
 
 class Worker:
@@ -24,8 +35,8 @@ class Worker:
         self._log = log
         self._process: subprocess.Popen[str] | None = None
 
-    def train(self, settings: Mapping[str, Any]) -> str:
-        """Have a run trained; returns what went wrong, or nothing."""
+    def train(self, settings: Mapping[str, Any]) -> Answer:
+        """Have a run trained."""
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -35,9 +46,9 @@ class Worker:
             process.stdin.flush()
             answer = process.stdout.readline()
         if answer:
-            return str(json.loads(answer)["error"])
+            return Answer(**json.loads(answer))
         self._process = None
-        return f"the worker process ended with exit code {process.wait()}; {self._log} has what it printed"
+        return Answer(f"the worker process ended with exit code {process.wait()}; {self._log} has what it printed")
 
     def close(self) -> None:
         """End the process at once."""
@@ -68,14 +79,14 @@ class Crew:
         self,
         ready: Callable[[], list[Task]],
         start: Callable[[Task], Mapping[str, Any]],
-        finish: Callable[[Task, str, float], None],
+        finish: Callable[[Task, Answer], None],
     ) -> None:
         """Take the three things only the comparison knows.
 
         Args:
             ready: tasks that can start now, those under way among them.
             start: makes a task's folder and gives its settings.
-            finish: takes note of a task's end: its error or nothing, and seconds.
+            finish: takes note of a task's end.
         """
         self._ready, self._start, self._finish = ready, start, finish
         self._changed = threading.Condition()
@@ -103,12 +114,11 @@ class Crew:
     def _guarded(self, worker: Worker) -> None:
         try:
             while (task := self._next()) is not None:
-                began = time.perf_counter()
-                error = worker.train(self._start(task))
+                answer = worker.train(self._start(task))
                 with self._changed:
                     if self._failure is not None:
                         return
-                    self._finish(task, error, time.perf_counter() - began)
+                    self._finish(task, answer)
                     self._under_way.discard(task)
                     self._changed.notify_all()
         except BaseException as failure:  # noqa: BLE001 - told by the main thread

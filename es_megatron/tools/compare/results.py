@@ -53,7 +53,7 @@ class ArmResult:
     trained: float
     """Tokens trained, mean over seeds."""
     scored: float
-    """Tokens scored."""
+    """Tokens read to score, mean over seeds."""
     chosen: Mapping[str, float]
     """Share of the trained sequences by component."""
     against: Mapping[str, Difference]
@@ -116,16 +116,9 @@ def cost_share(summary: Mapping[str, Any], ratio: float) -> float:
         summary: of the trainer.
         ratio: backward over forward.
     """
-    total = float(summary["tokens_scored"]) * float(summary.get("score_price", 1.0))
-    total += float(summary["tokens_trained"]) * (1.0 + ratio)
-    return total / (plain_tokens(summary) * (1.0 + ratio))
-
-
-def plain_tokens(summary: Mapping[str, Any]) -> float:
-    """Tokens the plain run trains on."""
-    sequences = sum(summary["chosen"].values())
-    length = float(summary["tokens_trained"]) / sequences
-    return float(summary["plain_iterations"]) * float(summary["meta_batch"]) * length
+    scored = float(summary["sequences_scored"]) * float(summary.get("score_price", 1.0))
+    total = scored + float(summary["sequences_trained"]) * (1.0 + ratio)
+    return total / (float(summary["plain_iterations"]) * float(summary["meta_batch"]) * (1.0 + ratio))
 
 
 def _case(spec: Spec, outcomes: Outcomes, case: str, ratio: float) -> CaseResult:

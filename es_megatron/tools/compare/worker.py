@@ -11,6 +11,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from typing import Any, TextIO
 
@@ -42,14 +43,15 @@ def listen(asked: queue.SimpleQueue[dict[str, Any]]) -> None:
 
 
 def serve(settings: dict[str, Any], answers: TextIO) -> None:
-    """Train one run and answer `{"error": ""}`, or what went wrong."""
-    error = ""
+    """Train one run and answer what went wrong, or nothing, and the seconds of wall-clock and of processor."""
+    error, began, worked = "", time.perf_counter(), time.process_time()
     try:
         train(settings)
     except Exception as failure:  # noqa: BLE001 - whatever goes wrong is this run's alone
         traceback.print_exc()
         error = f"{type(failure).__name__}: {failure}"
-    answers.write(json.dumps({"error": error}) + "\n")
+    told = {"error": error, "seconds": time.perf_counter() - began, "processor": time.process_time() - worked}
+    answers.write(json.dumps(told) + "\n")
     answers.flush()
 
 
