@@ -47,7 +47,10 @@ import json, sys
 from es_megatron.errors import EsError
 from es_megatron.run import prepare_cpu
 from es_megatron.tools.patching import check, read_patches, upstream_version
-prepare_cpu(sys.argv[1])
+try:
+    prepare_cpu(sys.argv[1])
+except ModuleNotFoundError:
+    pass  # what is missing there is told below, target by target
 patches = read_patches(sys.argv[1])
 try:
     told = [upstream_version(patches)] + [[each.patch.target, each.state, each.detail] for each in check(patches)]
