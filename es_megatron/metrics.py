@@ -112,6 +112,7 @@ def plan_facts(plan: Plan, layout: Layout, seq_length: int) -> dict[str, Any]:
     return {
         "arm": config.arm,
         "scorer": config.scorer if config.scores else None,
+        "policy": config.policy if config.scores else None,
         "granularity": config.granularity,
         "pruning_ratio": config.pruning_ratio if config.prunes else 0.0,
         "anneal": config.anneal,

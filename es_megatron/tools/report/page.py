@@ -78,11 +78,8 @@ def _facts(analysis: Analysis, summary: Mapping[str, Any] | None) -> Iterator[tu
     planned, length = int(plan["iterations"]), int(plan["seq_length"])
     going = "finished" if summary is not None and summary.get("finished") else "not finished"
     yield "iterations", f"{analysis.iteration} of {planned} ({going}); the plain run has {plan['plain_iterations']}"
-    scorer = plan["scorer"] or "none"
-    yield (
-        "method",
-        f"arm {plan['arm']}, scorer {scorer}, pruning ratio {plan['pruning_ratio']:g}, anneal {plan['anneal']:g}",
-    )
+    chooses = f"scorer {plan['scorer']}, policy {plan['policy']}" if plan["scorer"] else "no scores"
+    yield "method", f"arm {plan['arm']}, {chooses}, pruning ratio {plan['pruning_ratio']:g}, anneal {plan['anneal']:g}"
     yield "batch", f"b = {plan['kept']} of B = {plan['meta_batch']} sequences of {length} tokens"
     yield "components", ", ".join(f"{c['name']} ({c['samples']} samples, {c['share']:.1%})" for c in plan["components"])
     scored, trained = analysis.total("scored"), analysis.total("trained")
