@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from es_megatron.parallel import Replica
 from es_megatron.plan import Plan, plan_run
 from es_megatron.scores.copies import check_copies
 from es_megatron.scores.store import ScoreStore
+from es_megatron.step import Framework, StepRecord, Work
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -40,69 +41,6 @@ NAMED_BAD_ROWS = 8
 
 REPLICA_CHECK_INTERVAL = 1000
 """Iterations between comparisons of the copies of the scores, which read all of them."""
-
-
-class Work(NamedTuple):
-    """What one data-parallel rank trains on in one iteration."""
-
-    positions: Int64
-    """Positions of the meta-batch, int64[micro-batches * micro-batch size]."""
-    weights: Float64 | None
-    """What each of their losses is multiplied by; None for 1."""
-    capture: bool
-    """Whether the training forward has to report the loss of each sequence."""
-
-
-class Trained(NamedTuple):
-    """What a framework gives back after forward and backward."""
-
-    result: Any
-    """What the framework's own call returned."""
-    losses: Float32 | None
-    """float32 like `Work.positions` where this rank computed them, None on other pipeline stages or without capture."""
-
-
-class Framework(Protocol):
-    """What a framework must be able to do with one meta-batch."""
-
-    loss_source: int
-    """Model-parallel rank that computes the losses."""
-
-    def score(self, positions: Int64) -> Float32 | None:
-        """Mean token loss of this rank's sequences, forward only, leaving no trace; None on ranks without losses.
-
-        Returns:
-            float32[n]; float32[2, n] where `EvolvedSampling.needs_norm`, the bounds of gradient norms under the losses.
-        """
-        ...
-
-    def train(self, work: Work) -> Trained:
-        """Forward and backward on these sequences, with the framework's own accumulation."""
-        ...
-
-
-class StepRecord(NamedTuple):
-    """What one step did, for logs and metrics."""
-
-    iteration: int
-    evolving: bool
-    scored: int
-    """Sequences that got a scoring forward pass."""
-    chosen: Int64
-    """Ids that got a backward pass, by position."""
-    components: Int64
-    """Component of each of them."""
-    meta_loss: float
-    """Mean loss of the meta-batch where known, else nan."""
-    chosen_loss: float
-    bad: int
-    """Sequences with a non-finite loss."""
-    seconds: dict[str, float]
-    """Wall-clock of `score`, `train`, `exchange` and `order`."""
-    drawn: Int64 = np.zeros(0, dtype=np.int64)
-    """Component of each sequence of the meta-batch, chosen or not."""
-    skipped_loss: float = float("nan")
-    """Mean loss of the sequences that were not chosen, where known, else nan."""
 
 
 class EvolvedSampling:

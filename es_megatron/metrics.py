@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from es_megatron.engine import StepRecord
 from es_megatron.plan import FORWARD_COST, TRAIN_COST, Layout, Plan, nominal, predict
+from es_megatron.step import StepRecord
 
 Int64 = npt.NDArray[np.int64]
 

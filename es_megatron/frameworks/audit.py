@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from es_megatron.engine import StepRecord
+from es_megatron.step import StepRecord
 
 
 class Audit:

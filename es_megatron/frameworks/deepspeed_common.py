@@ -26,11 +26,12 @@ from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig, build
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
-from es_megatron.engine import EvolvedSampling, Trained, Work
+from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.rate import scaled_rate
 from es_megatron.parallel import Replica
+from es_megatron.step import Trained, Work
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

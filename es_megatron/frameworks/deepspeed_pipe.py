@@ -24,7 +24,7 @@ from torch import Tensor
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
-from es_megatron.engine import EvolvedSampling, Trained, Work
+from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.deepspeed_common import (
     DeepSpeedSampling,
@@ -38,6 +38,7 @@ from es_megatron.frameworks.deepspeed_common import (
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import norm_bounds, square_sums
 from es_megatron.frameworks.scoring import join, scored_tokens, sequence_losses, shortened, traceless
+from es_megatron.step import Trained, Work
 
 Batch = dict[str, Tensor]
 Float32 = npt.NDArray[np.float32]

@@ -14,10 +14,10 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from es_megatron.engine import StepRecord
 from es_megatron.errors import ConfigError
 from es_megatron.metrics import LogEntry, plan_facts
 from es_megatron.plan import Layout, Plan
+from es_megatron.step import StepRecord
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.metrics_file import MetricsFile
 from es_megatron.trainer.settings import PretrainSettings

@@ -19,9 +19,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from es_megatron.engine import StepRecord
 from es_megatron.errors import DataError
 from es_megatron.plan import Plan
+from es_megatron.step import StepRecord
 from es_megatron.trainer.backend import Iteration
 
 LOGGER = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ from es_megatron.checkpoint import CheckpointDirectory, ScoreRange, load_es_stat
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
-from es_megatron.engine import EvolvedSampling, Trained
+from es_megatron.engine import EvolvedSampling
 from es_megatron.parallel import Replica
+from es_megatron.step import Trained
 from tests.ranks_helper import run_on_ranks
 from tests.unit.naive import make_manifest
 

@@ -12,7 +12,6 @@ import pytest
 
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
-from es_megatron.engine import StepRecord
 from es_megatron.errors import CheckpointError, ConfigError, DataError
 from es_megatron.frameworks.audit import Audit
 from es_megatron.frameworks.megatron_data import open_token_file
@@ -38,6 +37,7 @@ from es_megatron.frameworks.megatron_lm_settings import (
 )
 from es_megatron.metrics import RunTotals, saved_share
 from es_megatron.plan import plan_run
+from es_megatron.step import StepRecord
 from tests.megatron_lm_helper import write_component
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es_megatron.engine import StepRecord
 from es_megatron.metrics import LogEntry, RunTotals
+from es_megatron.step import StepRecord
 
 
 def record(

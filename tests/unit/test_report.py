@@ -16,10 +16,10 @@ import pytest
 
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
-from es_megatron.engine import StepRecord
 from es_megatron.errors import DataError
 from es_megatron.metrics import plan_facts
 from es_megatron.plan import Layout, Plan, plan_run
+from es_megatron.step import StepRecord
 from es_megatron.tools.cli import main
 from es_megatron.tools.report.analysis import analyse, merge_components, step_of, thin
 from es_megatron.trainer import passes
