@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from es_megatron.tools.compare.plots import draw
 from es_megatron.tools.compare.results import conclude, cost_share
 from es_megatron.tools.compare.runs import Outcome, Task
 from es_megatron.tools.compare.spec import read_spec
@@ -140,3 +141,15 @@ def test_the_tables_have_everything_and_the_json_is_plain(spec):
 
 def test_nothing_finished_is_a_table_too(spec):
     assert "plain" in render(conclude(spec, {}))
+
+
+@pytest.mark.filterwarnings("default")  # matplotlib's own
+def test_plots_of_each_case(spec, tmp_path):
+    pytest.importorskip("matplotlib")
+    domains = {"books": 4.5, "code": 3.5}
+    kinds = {arm: {"domains": domains.items()} for arm in ARMS}
+    outcomes = outcomes_of({"plain": [4.0, 4.1, 4.2], "uniform": [4.0], "es": [4.0, 4.1, 4.3]}, **kinds)
+    files = draw(conclude(spec, outcomes), tmp_path / "plots")
+    assert [file.name for file in files] == ["clean-loss.png", "clean-domains.png"]
+    assert all(file.stat().st_size > 5000 for file in files)
+    assert draw(conclude(spec, {}), tmp_path / "plots") == []

@@ -5,9 +5,11 @@ A blend stands in a folder named after what it is made from: several specs share
 
 from __future__ import annotations
 
+import fcntl
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from es_megatron.errors import DataError
@@ -38,9 +40,20 @@ def make_blend(name: str, recipe: Recipe, data: Path, wikitext: Path | None) -> 
         return Blend(recipe.blend, told)
     folder = data / f"{name}-{digest(told)}"
     if not (folder / "blend.yaml").is_file():
-        demo = demo_texts(data) if recipe.demo else data
-        _prepare(derive(read_parts(recipe, demo, wikitext), recipe), recipe, folder)
+        with _in_turn(data):
+            if not (folder / "blend.yaml").is_file():
+                demo = demo_texts(data) if recipe.demo else data
+                _prepare(derive(read_parts(recipe, demo, wikitext), recipe), recipe, folder)
     return Blend(folder / "blend.yaml", told)
+
+
+@contextmanager
+def _in_turn(data: Path) -> Generator[None]:
+    """Wait until no other command makes blends here: it may be making this one."""
+    data.mkdir(parents=True, exist_ok=True)
+    with (data / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def demo_texts(data: Path) -> Path:
@@ -56,7 +69,6 @@ def demo_texts(data: Path) -> Path:
 
 
 def _prepare(parts: Sequence[Part], recipe: Recipe, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".texts-") as texts:
         for part in parts:
             with Path(texts, f"{part.name}.jsonl").open("w", encoding="utf-8") as file:

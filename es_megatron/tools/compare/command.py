@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import fcntl
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         spec = narrow(load_spec(path), arguments)
         directory: Path = arguments.directory / path.stem
         directory.mkdir(parents=True, exist_ok=True)
-        with alone(directory):
+        with nullcontext() if arguments.table else alone(directory):
             comparison = Comparison(spec, directory, arguments.directory / "data", arguments.wikitext)
             if arguments.table:
                 comparison.find(failures=True)

@@ -11,6 +11,7 @@ from typing import Any
 from es_megatron.tools.compare import table
 from es_megatron.tools.compare.blends import make_blend
 from es_megatron.tools.compare.crew import Answer, Crew
+from es_megatron.tools.compare.plots import draw
 from es_megatron.tools.compare.results import conclude
 from es_megatron.tools.compare.runs import (
     Blend,
@@ -112,13 +113,17 @@ class Comparison:
         print(f"{time.strftime('%H:%M:%S')} [{done}] {task}: {told}, {seconds}", flush=True)
 
     def report(self) -> bool:
-        """Print the tables and write them, JSON beside; returns whether a run has failed."""
+        """Print the tables; write them, plots, and JSON with everything; returns whether a run has failed."""
         results = conclude(self.spec, self.outcomes)
         text = table.render(results)
-        print("\n" + text)
-        (self.directory / "table.txt").write_text(text + "\n", encoding="utf-8")
-        (self.directory / "table.md").write_text(table.markdown(results) + "\n", encoding="utf-8")
-        (self.directory / "results.json").write_text(
-            json.dumps(table.document(results), indent=2) + "\n", encoding="utf-8"
-        )
+        written = {
+            "table.txt": text,
+            "table.md": table.markdown(results),
+            "results.json": json.dumps(table.document(results), indent=2),
+        }
+        for name, content in written.items():
+            (self.directory / name).write_text(content + "\n", encoding="utf-8")
+        plots = draw(results, self.directory / "plots")
+        told = f", {len(plots)} plots" if plots else "; plots need matplotlib, `pip install es_megatron[report]`"
+        print(f"\n{text}\n\n{self.directory}: {', '.join(written)}{told}", flush=True)
         return any(outcome.error for outcome in self.outcomes.values())

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import typing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,7 +126,8 @@ class Recipe:
         require(0 < self.validation_share < 1, "validation_share", "in (0, 1)", self.validation_share)
         require(self.max_megabytes is None or self.max_megabytes > 0, "max_megabytes", "above 0", self.max_megabytes)
         require(self.seed >= 0, "seed", ">= 0", self.seed)
-        if self.blend is not None and self != Recipe(blend=self.blend):
+        others = [field for field in fields(self) if field.name != "blend"]
+        if self.blend is not None and any(getattr(self, field.name) != field.default for field in others):
             raise ConfigError("Nothing else may be given with `blend`, which is there already. Leave the rest out.")
         if self.split_by is not None and not self.components:
             raise ConfigError("`split_by` must be left out without `components`: it names a field of their JSON lines.")
