@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 LAYOUTS = ("parallel.pipeline=2", "parallel.tensor=2", "data.prefetch=2")
 """Of two ranks; the last is data-parallel."""
+ARM = "evolved_sampling.arm=uniform"
 FAST = {("policy-grad-norm", LAYOUTS[1]), ("pruner-infobatch", LAYOUTS[0]), ("prefix", LAYOUTS[0])}
 Run = Callable[..., list[History]]
 
@@ -150,6 +151,24 @@ def test_state_survives_a_resume(name: str, alone: dict[str, History], blend: Pa
     assert first.chosen + second.chosen == alone[name].chosen
     assert first.norm + second.norm == alone[name].norm
     assert (second.scores, second.weights) == (alone[name].scores, alone[name].weights)
+
+
+@pytest.mark.timeout(SECONDS)
+def test_external_scores_choose_and_never_change(blend: Path, tmp_path: Path) -> None:
+    first = settings_of(blend, tmp_path / "a", SAMPLES, "run.save_interval=20")
+    known = run_on_ranks(1, train, first, timeout=SECONDS)[0]
+    changes = ("scorer=external", f"initial_scores={tmp_path / 'a'}", "policy=small-loss", "pruning_ratio=0")
+    overrides = [f"evolved_sampling.{change}" for change in changes]
+    found = run_on_ranks(1, train, settings_of(blend, tmp_path / "b", SAMPLES, *overrides), timeout=SECONDS)[0]
+    assert found.scores == known.scores
+    assert found.summary["sequences_scored"] == 0
+    score = np.frombuffer(known.scores[0], np.float32)
+    uniform = run_on_ranks(1, train, settings_of(blend, tmp_path / "c", SAMPLES, *overrides[3:], ARM), timeout=SECONDS)[
+        0
+    ]
+    assert [len(ids) for ids in found.chosen] == [len(ids) for ids in uniform.chosen]
+    lowest, any_four = (np.mean([score[ids].mean() for ids in run.chosen[3:20]]) for run in (found, uniform))
+    assert lowest < any_four - 0.1
 
 
 def rates_of(settings: Any) -> list[tuple[float, float]]:
