@@ -25,7 +25,7 @@ def one_component(samples: int) -> Manifest:
 
 
 def config(**changes: Any) -> EvolvedSamplingConfig:
-    return EvolvedSamplingConfig(**{"pruning_ratio": RATIO, "seed": 1, **changes})
+    return EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": RATIO, "seed": 1, **changes})
 
 
 def fill(store: ScoreStore) -> None:

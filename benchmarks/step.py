@@ -28,9 +28,9 @@ from es_megatron.data.manifest import Component, Manifest
 from es_megatron.frameworks import cpu
 
 ARMS = {
-    "plain": EvolvedSamplingConfig(arm="plain"),
-    "es": EvolvedSamplingConfig(),
-    "eswp": EvolvedSamplingConfig(pruning_ratio=0.2),
+    "plain": EvolvedSamplingConfig(preset="paper", arm="plain"),
+    "es": EvolvedSamplingConfig(preset="paper"),
+    "eswp": EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2),
 }
 VOCAB = 2048
 MICRO_BATCH = 4

@@ -18,15 +18,29 @@ T = TypeVar("T")
 Arm = Literal["es", "plain", "uniform", "uniform-prune", "shortened", "shuffled"]
 Scorer = Literal["fresh", "history", "every-k", "prefix", "external"]
 Guard = Literal["off", "uniform", "plain"]
+Preset = Literal["default", "paper"]
 Granularity = Literal["sample", "microbatch"]
 Correction = Literal["paper", "debiased"]
 
 MAX_SATURATION_WEIGHT = 1e-6
 
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    "default": {"scorer": "history", "keep_ratio": 0.5},
+    "paper": {"scorer": "fresh", "keep_ratio": 0.25},
+}
+"""What the fields are that are not given: by the evidence of docs/results.md, and as published (section 3.1)."""
+
+BY_PRESET: Any = None
+"""Stands for a default that `PRESETS` has."""
+
 
 @dataclass(frozen=True)
 class EvolvedSamplingConfig:
     """What Evolved Sampling does to a run; symbols are the paper's (arXiv 2509.23461)."""
+
+    preset: Preset = "default"
+    """Where `scorer` and `keep_ratio` come from if they are not given: `default` (what paid for language models: free
+    scores, half of each meta-batch; see docs/results.md) or `paper` (a fresh scoring pass, a quarter of it)."""
 
     arm: Arm = "es"
     """`es`, or a control arm on the same code path: `plain` (train on everything), `uniform` (a random b of B, no
@@ -53,7 +67,7 @@ class EvolvedSamplingConfig:
     beta2: float | None = None
     """Decay of the score, in [0, 1) (beta_2 of eq. 2.5). None: the paper's 0.9 without pruning, 0.8 with it."""
 
-    keep_ratio: float = 0.25
+    keep_ratio: float = BY_PRESET
     """Share of the meta-batch that gets a backward pass, in (0, 1] (b/B). b must come out a multiple of micro-batch
     size times data-parallel size."""
 
@@ -63,7 +77,7 @@ class EvolvedSamplingConfig:
     anneal: float = 0.05
     """Share of iterations at each end that train on the whole meta-batch, in [0, 0.5] (E_a / E)."""
 
-    scorer: Scorer = "fresh"
+    scorer: Scorer = BY_PRESET
     """Where losses come from: `fresh` (a forward pass over every meta-batch, the paper), `history` (no extra pass: the
     stored scores choose, training forwards update them), `every-k` (fresh on every `score_every`-th iteration, history
     between), `prefix` (a forward pass over the first `prefix_share` of each sequence's tokens), `external` (the
@@ -135,7 +149,11 @@ class EvolvedSamplingConfig:
     each rank holds its own."""
 
     def __post_init__(self) -> None:
-        """Check every field and their combinations."""
+        """Fill in what the preset has, and check every field and their combinations."""
+        require_choice("preset", self.preset, Preset)
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is BY_PRESET:
+                object.__setattr__(self, name, value)  # the only place where a field is set: before anyone has seen it
         require_choice("arm", self.arm, Arm)
         require_choice("scorer", self.scorer, Scorer)
         require_choice("granularity", self.granularity, Granularity)

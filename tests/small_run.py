@@ -84,6 +84,7 @@ def settings_of(blend: Path, directory: Path, *overrides: str) -> PretrainSettin
         },
         "run": {"directory": str(directory), "audit": True, "progress": False},
         "evolved_sampling": {
+            "preset": "paper",
             "pruning_ratio": 0.3,
             "mask_lag": 4,
             "scoring_micro_batch_size": 4,

@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.config import PRESETS, EvolvedSamplingConfig, build
 
 PREFIX = "es_"
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group.add_argument(
             f"--es-{field.name.replace('_', '-')}",
             default=argparse.SUPPRESS,
-            help=f"{told[field.name]} Default: {field.default}.".replace("%", "%%"),
+            help=f"{told[field.name]} Default: {_default(field)}.".replace("%", "%%"),
             **_kind(hints[field.name]),
         )
     return parser
@@ -87,6 +87,11 @@ def field_help(cls: type) -> dict[str, str]:
             case _:
                 pass
     return told
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """A field's default in words."""
+    return "that of the preset" if field.name in PRESETS["default"] else str(field.default)
 
 
 def _kind(hint: Any) -> dict[str, Any]:

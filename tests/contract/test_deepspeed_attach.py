@@ -296,11 +296,11 @@ def test_features_that_a_scoring_pass_would_get_wrong_are_refused(feature, name)
         "sequence_parallel_size": 1,
         "_config": SimpleNamespace(_param_dict={}),
     }
-    check_engine(SimpleNamespace(**usual), EvolvedSamplingConfig())
+    check_engine(SimpleNamespace(**usual), EvolvedSamplingConfig(preset="paper"))
     engine = SimpleNamespace(**{**usual, **feature})
-    check_engine(engine, EvolvedSamplingConfig(arm="plain"))
+    check_engine(engine, EvolvedSamplingConfig(preset="paper", arm="plain"))
     with pytest.raises(ConfigError, match=f"`{name}` must be off with Evolved Sampling: .* Switch it off"):
-        check_engine(engine, EvolvedSamplingConfig())
+        check_engine(engine, EvolvedSamplingConfig(preset="paper"))
 
 
 def test_settings_may_be_a_json_file_or_passed(tmp_path):
@@ -309,7 +309,9 @@ def test_settings_may_be_a_json_file_or_passed(tmp_path):
 
     def body():
         from_file = attached(str(path)).engine.config
-        given = attached(json_of(1, evolved=None), config=EvolvedSamplingConfig(**EVOLVED)).engine.config
+        given = attached(
+            json_of(1, evolved=None), config=EvolvedSamplingConfig(preset="paper", **EVOLVED)
+        ).engine.config
         return from_file == given
 
     assert run_on_ranks(1, body, timeout=SECONDS) == [True]

@@ -26,7 +26,7 @@ def spec(tmp_path):
         "base": {
             "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16},
             "training": {"passes": 1, "global_batch_size": 24, "micro_batch_size": 2, "eval_samples": 16},
-            "evolved_sampling": {"keep_ratio": 0.25},
+            "evolved_sampling": {"preset": "paper", "keep_ratio": 0.25},
         },
         "blends": {"tiny": {"components": [f"text={lines}"], "vocab_size": 400, "damage": {"share": 0.4}}},
         "arms": {"es": {}, "uniform": {"evolved_sampling.arm": "uniform", "evolved_sampling.match_cost": True}},

@@ -139,7 +139,7 @@ def write_run(folder: Path, directory: str) -> Path:
         "data": {"blend": str(folder / "data" / "blend.yaml")},
         "training": {"train_samples": 30 * 16, "global_batch_size": 16, "micro_batch_size": 1, "eval_samples": 0},
         "run": {"directory": str(folder / directory), "audit": True, "progress": False, "save_interval": 4},
-        "evolved_sampling": {"pruning_ratio": 0.3, "mask_lag": 4, "seed": 7},
+        "evolved_sampling": {"preset": "paper", "pruning_ratio": 0.3, "mask_lag": 4, "seed": 7},
     }
     (folder / f"{directory}.yaml").write_text(yaml.safe_dump(run))
     (folder / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))

@@ -45,7 +45,9 @@ def mapped_bytes(name: str) -> int:
 
 def decide(folder: Path | None) -> Any:
     replica = Replica.data_parallel()
-    config = EvolvedSamplingConfig(pruning_ratio=0.3, mask_folder=None if folder is None else str(folder))
+    config = EvolvedSamplingConfig(
+        preset="paper", pruning_ratio=0.3, mask_folder=None if folder is None else str(folder)
+    )
     store = ScoreStore(make_manifest((SAMPLES, 40)), config, replica)
     masks = [store.prune(0, 1), store.prune(1, 1), store.prune(0, 2)]
     replica.barrier()  # the last file loses its name after the masks are there

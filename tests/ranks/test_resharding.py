@@ -27,7 +27,7 @@ from tests.unit.naive import make_manifest
 SIZES = (3003, 1500, 130, 9, 1)
 META_BATCH = 24
 BEFORE, AFTER = 260, 1000
-CONFIG = EvolvedSamplingConfig(pruning_ratio=0.3, keep_ratio=0.5, anneal=0.0, mask_lag=3, seed=11)
+CONFIG = EvolvedSamplingConfig(preset="paper", pruning_ratio=0.3, keep_ratio=0.5, anneal=0.0, mask_lag=3, seed=11)
 REAL, PURE = (1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12, 24)
 
 

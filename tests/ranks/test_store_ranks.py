@@ -29,7 +29,9 @@ def run(settings: dict[str, Any], scores: str) -> Any:
     """Learn over some iterations, then prune everything; what all ranks hold, joined."""
     manifest = make_manifest(SIZES)
     store = ScoreStore(
-        manifest, EvolvedSamplingConfig(**{"pruning_ratio": 0.3, "seed": 3, **settings}), Replica.data_parallel()
+        manifest,
+        EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": 0.3, "seed": 3, **settings}),
+        Replica.data_parallel(),
     )
     replica, random = store.replica, np.random.default_rng(0)
     weights = []
@@ -91,7 +93,7 @@ def test_equal_keys_go_to_the_lower_id() -> None:
     def keep() -> list[int]:
         store_module.uniforms = lambda *_: np.full(_[-1], 0.5)
         manifest = make_manifest((200,))
-        store = ScoreStore(manifest, EvolvedSamplingConfig(pruning_ratio=0.37), Replica.data_parallel())
+        store = ScoreStore(manifest, EvolvedSamplingConfig(preset="paper", pruning_ratio=0.37), Replica.data_parallel())
         return np.flatnonzero(store.prune(0, 1).to_bool()).tolist()
 
     for ranks in (1, 2, 3, 4):
@@ -105,7 +107,7 @@ def test_copies_of_a_range_agree() -> None:
     def run_grid() -> tuple[int, int, bytes]:
         replica = Replica.of_grid([[0, 1], [2, 3]])
         manifest = make_manifest(SIZES)
-        store = ScoreStore(manifest, EvolvedSamplingConfig(pruning_ratio=0.3), replica)
+        store = ScoreStore(manifest, EvolvedSamplingConfig(preset="paper", pruning_ratio=0.3), replica)
         random = np.random.default_rng(0)
         for iteration in range(5):
             ids = random.choice(manifest.total, 32, replace=False)

@@ -21,7 +21,7 @@ MANIFEST = Manifest((Component("a", "a", 4000, 1.0, "f"),), 8)
 
 
 def chooser(**changes) -> Chooser:
-    config = EvolvedSamplingConfig(**changes)
+    config = EvolvedSamplingConfig(preset="paper", **changes)
     return Chooser(plan_run(config, MANIFEST, B, 2, 4000), Replica.alone(), 2)
 
 
@@ -54,7 +54,7 @@ def test_parts_choose_as_many_smaller_meta_batches_would():
     loss = np.random.default_rng(0).random(B) + 1
     whole = chooser(policy="adaselection", selection_parts=2)
     positions = whole.choose(5, known(loss)).positions.tolist()
-    plan = plan_run(EvolvedSamplingConfig(policy="adaselection"), MANIFEST, B // 2, 2, 4000)
+    plan = plan_run(EvolvedSamplingConfig(preset="paper", policy="adaselection"), MANIFEST, B // 2, 2, 4000)
     half = Chooser(plan, Replica.alone(), 2)
     gathered = half.choose(5, known(loss[: B // 2])).positions.tolist()
     half.commit()

@@ -16,13 +16,24 @@ from es_megatron.config import EvolvedSamplingConfig, build
 from es_megatron.errors import ConfigError, EsError
 
 
-def test_defaults_are_those_of_the_paper():
-    config = EvolvedSamplingConfig()
+def test_presets_fill_in_what_is_not_given():
+    default, paper = EvolvedSamplingConfig(), EvolvedSamplingConfig(preset="paper")
+    assert (default.scorer, default.keep_ratio, default.correction) == ("history", 0.5, "debiased")
+    assert (paper.scorer, paper.keep_ratio, paper.correction) == ("fresh", 0.25, "paper")
+    given = EvolvedSamplingConfig(preset="paper", scorer="prefix", keep_ratio=0.5)
+    assert (given.scorer, given.keep_ratio) == ("prefix", 0.5)
+    assert dataclasses.replace(paper, arm="uniform").keep_ratio == 0.25
+    with pytest.raises(ConfigError, match=r"`preset` must be one of default, paper, but is 'papr' .*`paper`"):
+        EvolvedSamplingConfig(preset="papr")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_preset_of_the_paper():
+    config = EvolvedSamplingConfig(preset="paper")
     assert (config.arm, config.beta1, config.decay, config.keep_ratio) == ("es", 0.2, 0.9, 0.25)
     assert (config.pruning_ratio, config.anneal, config.scorer) == (0.0, 0.05, "fresh")
-    assert EvolvedSamplingConfig(pruning_ratio=0.2).decay == 0.8
-    assert EvolvedSamplingConfig(pruning_ratio=0.2, beta2=0.9).decay == 0.9
-    assert EvolvedSamplingConfig(beta2=0.0).decay == 0.0
+    assert EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2).decay == 0.8
+    assert EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2, beta2=0.9).decay == 0.9
+    assert EvolvedSamplingConfig(preset="paper", beta2=0.0).decay == 0.0
 
 
 @pytest.mark.parametrize(
@@ -54,7 +65,7 @@ def test_defaults_are_those_of_the_paper():
 )
 def test_value_out_of_range_is_named_with_its_range(name, value, rule):
     with pytest.raises(ConfigError) as caught:
-        EvolvedSamplingConfig(**{name: value})
+        EvolvedSamplingConfig(preset="paper", **{name: value})
     assert str(caught.value) == f"`{name}` must be {rule}, but is {value!r} instead."
 
 
@@ -82,7 +93,7 @@ def test_value_out_of_range_is_named_with_its_range(name, value, rule):
     ],
 )
 def test_ends_of_a_range_belong_to_it(name, value):
-    assert getattr(EvolvedSamplingConfig(**{name: value}), name) == value
+    assert getattr(EvolvedSamplingConfig(preset="paper", **{name: value}), name) == value
 
 
 @pytest.mark.parametrize(
@@ -96,34 +107,34 @@ def test_ends_of_a_range_belong_to_it(name, value):
 )
 def test_unknown_choice_names_the_choices_and_the_nearest(name, value, near):
     with pytest.raises(ConfigError, match=rf"`{name}` must be one of .*{near}.*Did you mean `{near}`\?"):
-        EvolvedSamplingConfig(**{name: value})
+        EvolvedSamplingConfig(preset="paper", **{name: value})
     with pytest.raises(ConfigError, match=r"but is 17 instead\.$"):
-        EvolvedSamplingConfig(**{name: 17})
+        EvolvedSamplingConfig(preset="paper", **{name: 17})
 
 
 def test_settings_that_cannot_work_together():
     with pytest.raises(ConfigError, match=r"`inclusion_weights` must be off .* Use `granularity: sample`"):
-        EvolvedSamplingConfig(inclusion_weights=True, granularity="microbatch")
+        EvolvedSamplingConfig(preset="paper", inclusion_weights=True, granularity="microbatch")
     with pytest.raises(ConfigError, match="`match_cost` must be off for arm `shortened`"):
-        EvolvedSamplingConfig(match_cost=True, arm="shortened")
+        EvolvedSamplingConfig(preset="paper", match_cost=True, arm="shortened")
     with pytest.raises(ConfigError, match="`match_cost` must be off with `budget`"):
-        EvolvedSamplingConfig(match_cost=True, budget=0.5)
+        EvolvedSamplingConfig(preset="paper", match_cost=True, budget=0.5)
     with pytest.raises(ConfigError, match=r"`initial_scores` must be given with `scorer: external`"):
-        EvolvedSamplingConfig(scorer="external")
+        EvolvedSamplingConfig(preset="paper", scorer="external")
     with pytest.raises(ConfigError, match=r"`selection_parts` must be off with `granularity: microbatch`"):
-        EvolvedSamplingConfig(selection_parts=2, granularity="microbatch")
-    assert EvolvedSamplingConfig(match_cost=True, arm="uniform-prune").match_cost
-    assert EvolvedSamplingConfig(inclusion_weights=True).inclusion_weights
+        EvolvedSamplingConfig(preset="paper", selection_parts=2, granularity="microbatch")
+    assert EvolvedSamplingConfig(preset="paper", match_cost=True, arm="uniform-prune").match_cost
+    assert EvolvedSamplingConfig(preset="paper", inclusion_weights=True).inclusion_weights
 
 
 def test_debiasing_needs_visits_that_saturate_in_time():
     edge = 1e-6 ** (1 / 255)
-    assert EvolvedSamplingConfig(score_correction="debiased", beta2=edge - 1e-4).beta2
+    assert EvolvedSamplingConfig(preset="paper", score_correction="debiased", beta2=edge - 1e-4).beta2
     with pytest.raises(
         ConfigError, match=r"`beta2` must be below 0\.9473 .* but is 0\.95 instead.*score_correction: paper"
     ):
-        EvolvedSamplingConfig(score_correction="debiased", beta2=0.95)
-    assert EvolvedSamplingConfig(score_correction="paper", beta2=0.95).beta2 == 0.95
+        EvolvedSamplingConfig(preset="paper", score_correction="debiased", beta2=0.95)
+    assert EvolvedSamplingConfig(preset="paper", score_correction="paper", beta2=0.95).beta2 == 0.95
 
 
 @pytest.mark.parametrize(
@@ -138,14 +149,14 @@ def test_debiasing_needs_visits_that_saturate_in_time():
     ],
 )
 def test_what_an_arm_does(arm, scores, selects, prunes):
-    config = EvolvedSamplingConfig(arm=arm, pruning_ratio=0.2)
+    config = EvolvedSamplingConfig(preset="paper", arm=arm, pruning_ratio=0.2)
     assert (config.scores, config.selects, config.prunes) == (scores, selects, prunes)
-    assert not EvolvedSamplingConfig(arm=arm).prunes
+    assert not EvolvedSamplingConfig(preset="paper", arm=arm).prunes
 
 
 def test_config_cannot_be_changed_behind_its_checks():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        EvolvedSamplingConfig().beta1 = 3.0  # type: ignore[misc]
+        EvolvedSamplingConfig(preset="paper").beta1 = 3.0  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ SMALL = "torchrun --nproc_per_node 4 pretrain_gpt.py --micro-batch-size 1 --glob
 
 
 def wish(**settings: object) -> Wishes:
-    return Wishes(EvolvedSamplingConfig(**settings), frozenset(settings), None)  # pyright: ignore[reportArgumentType]
+    return Wishes(EvolvedSamplingConfig(**{"preset": "paper", **settings}), frozenset(settings), None)  # pyright: ignore[reportArgumentType]
 
 
 def examined(
@@ -215,7 +215,7 @@ def test_blocks_of_yaml_and_json_build_the_settings(tmp_path):
         assert cli.main(["patch", str(GOLDEN / name), "--output", str(tmp_path / name), *CASES[name][0]]) == 0
         before, after = load((GOLDEN / name).read_text()), load((tmp_path / name).read_text())
         config = build(EvolvedSamplingConfig, after.pop("evolved_sampling"), name)
-        assert (config.pruning_ratio, config.keep_ratio) == (0.2, 0.25)
+        assert (config.pruning_ratio, config.keep_ratio, config.scorer) == (0.2, 0.5, "history")
         assert after == before
 
 
@@ -282,7 +282,7 @@ def test_edits_made_after_patching_survive_unpatching(tmp_path, capsys):
     path.write_text(f"#!/bin/bash\n{SMALL}\n")
     assert cli.main(["patch", str(path), "--in-place"]) == 0
     path.write_text(
-        path.read_text().replace("--es-keep-ratio 0.25", "--es-keep-ratio 0.5").replace("size 64", "size 128")
+        path.read_text().replace("--es-keep-ratio 0.5", "--es-keep-ratio 0.25").replace("size 64", "size 128")
     )
     assert cli.main(["unpatch", str(path)]) == 0
     assert path.read_text() == f"#!/bin/bash\n{SMALL.replace('64', '128')}\n"

@@ -69,7 +69,7 @@ def make(
     manifest: Manifest | None = None, *, samples: int = 40 * B, micro: int = 1, **settings: Any
 ) -> EvolvedSampling:
     options = {"pruning_ratio": 0.3, "mask_lag": 3, "seed": 5, "max_bad_losses": 0.5, **settings}
-    config = EvolvedSamplingConfig(**options)
+    config = EvolvedSamplingConfig(preset="paper", **options)
     blend = manifest or make_manifest(SIZES)
     return EvolvedSampling(config, blend, Replica.alone(), meta_batch=B, micro_batch=micro, train_samples=samples)
 

@@ -131,7 +131,11 @@ def test_scores_of_large_ids_land_on_their_owner_alone(n, ranks, data):
     low, high = owned_range(n, rank, ranks)
     ids = np.unique(np.concatenate([ids, [low, high - 1]]))
     own = (ids >= low) & (ids < high)
-    store = ScoreStore(make_manifest([n // 3, n - n // 3]), EvolvedSamplingConfig(), Replica(rank, ranks, 0, 1, 0, 1))
+    store = ScoreStore(
+        make_manifest([n // 3, n - n // 3]),
+        EvolvedSamplingConfig(preset="paper"),
+        Replica(rank, ranks, 0, 1, 0, 1),
+    )
     loss = np.random.default_rng(0).lognormal(0, 1, len(ids)).astype(np.float32)
     found = store.lookup_local(ids)
     assert not found.visits.any()

@@ -291,7 +291,7 @@ def test_audit_drops_what_is_run_again(tmp_path: Path) -> None:
 def test_saved_share_of_work() -> None:
     """Selecting a quarter costs 1 + 3/4 forward units a sequence, of the plain run's 3."""
     manifest = Manifest((Component("books", "books", 64, 64.0, "mark"),), 32)
-    plan = plan_run(EvolvedSamplingConfig(anneal=0.0), manifest, 16, 4, 128)
+    plan = plan_run(EvolvedSamplingConfig(preset="paper", anneal=0.0), manifest, 16, 4, 128)
     totals = RunTotals(1, 16)
     assert saved_share(plan, 0, totals) == 0.0
     totals.sequences_scored, totals.sequences_trained = 3 * 16, 3 * 4

@@ -28,7 +28,7 @@ MANIFEST = make_manifest((400, 90, 20))
 
 
 def plan(*, passes: float = 4, quantum: int = 2, **settings: Any) -> Plan:
-    config = EvolvedSamplingConfig(**{"seed": 1, **settings})
+    config = EvolvedSamplingConfig(preset="paper", **{"seed": 1, **settings})
     return plan_run(config, MANIFEST, B, quantum, round(passes * MANIFEST.total))
 
 
@@ -52,7 +52,7 @@ def test_the_savings_of_the_design() -> None:
     """Section 5: 37.5 / 43.8 / 45.8 / 46.9% for 1 to 4 passes with r = 0.2 while the first is never pruned."""
     manifest = make_manifest((200_000,))
     for passes, expected in ((1, 0.375), (2, 0.438), (3, 0.458), (4, 0.469)):
-        config = EvolvedSamplingConfig(pruning_ratio=0.2, anneal=0.05)
+        config = EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2, anneal=0.05)
         found = plan_run(config, manifest, B, 2, passes * 200_000)
         assert 1 - found.cost / found.plain_cost == pytest.approx(expected, abs=0.012)
 
@@ -98,7 +98,7 @@ def test_longest_within() -> None:
     ("ratio", "quantum", "kept"), [(0.25, 8, 8), (1.0, 32, 32), (0.1875, 2, 6), (1 / 3, 1, None), (0.25, 16, None)]
 )
 def test_kept_sequences_must_divide(ratio: float, quantum: int, kept: int | None) -> None:
-    config = EvolvedSamplingConfig(keep_ratio=ratio)
+    config = EvolvedSamplingConfig(preset="paper", keep_ratio=ratio)
     if kept is not None:
         assert kept_of(config, B, quantum) == kept
         return

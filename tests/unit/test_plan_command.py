@@ -18,7 +18,7 @@ from es_megatron.trainer import settings as trainer_settings
 from tests.ranks_helper import run_on_ranks
 from tests.small_run import settings_of, train, write_blend
 
-BASE = ["--seq-length", "128", "--global-batch-size", "64", "--micro-batch-size", "4"]
+BASE = ["--es-preset", "paper", "--seq-length", "128", "--global-batch-size", "64", "--micro-batch-size", "4"]
 ONE = ["--samples", "4000", *BASE, "--data-parallel", "2"]
 
 
@@ -41,7 +41,13 @@ def test_the_plan_of_a_config_is_the_one_its_trainer_prints(tmp_path: Path, caps
         "model": {"num_layers": 4, "hidden_size": 32, "seq_length": 16, "ffn_hidden_size": 64},
         "data": {"blend": str(settings.data.blend)},
         "training": {"train_samples": 96, "global_batch_size": 16, "micro_batch_size": 1},
-        "evolved_sampling": {"pruning_ratio": 0.3, "mask_lag": 4, "scoring_micro_batch_size": 4, "seed": 7},
+        "evolved_sampling": {
+            "preset": "paper",
+            "pruning_ratio": 0.3,
+            "mask_lag": 4,
+            "scoring_micro_batch_size": 4,
+            "seed": 7,
+        },
     }
     file.write_text(yaml.safe_dump(changed))
     run_on_ranks(1, train, settings)
@@ -86,7 +92,18 @@ def test_cheaper_scorers_have_to_be_worth_less(capsys: Any, scorer: str, price: 
 
 
 def test_the_parts_of_the_time_are_the_prediction(capsys: Any) -> None:
-    pipeline = ["--pipeline", "4", "--virtual", "2", "--micro-batch-size", "1", "--seq-length", "64"]
+    pipeline = [
+        "--es-preset",
+        "paper",
+        "--pipeline",
+        "4",
+        "--virtual",
+        "2",
+        "--micro-batch-size",
+        "1",
+        "--seq-length",
+        "64",
+    ]
     found = plan_of(capsys, "--samples", "4000", "--global-batch-size", "64", *pipeline, "--es-keep-ratio", "0.5")
     split = found["time_split"]
     parts = [split[name] for name in ("scoring", "training", "scoring_ramps", "training_ramps")]

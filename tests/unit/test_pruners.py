@@ -64,7 +64,7 @@ def test_what_cannot_be_made(name: str, options: tuple[str, ...], told: str):
 def store_of(pruner: str, *options: str, ratio: float = 0.2) -> ScoreStore:
     """A store of one component with scores 0.001, 0.002, ..., 1.0, all seen."""
     manifest = Manifest((Component("a", "a", N, 1.0, "f"),), 8)
-    config = EvolvedSamplingConfig(pruner=pruner, pruner_options=options, pruning_ratio=ratio)
+    config = EvolvedSamplingConfig(preset="paper", pruner=pruner, pruner_options=options, pruning_ratio=ratio)
     store = ScoreStore(manifest, config, Replica.alone())
     store.load(np.arange(1, N + 1, dtype=np.float32) / N, np.full(N, 3, np.uint8))
     return store

@@ -36,7 +36,7 @@ LAYOUT = Layout(8, 8, forward=0.01, backward=0.02, scoring_forward=0.01)
 
 
 def plan_of(manifest: Manifest = MANIFEST, **settings: Any) -> Plan:
-    return plan_run(EvolvedSamplingConfig(**settings), manifest, B, 4, 4 * manifest.total)
+    return plan_run(EvolvedSamplingConfig(preset="paper", **settings), manifest, B, 4, 4 * manifest.total)
 
 
 def step(plan: Plan, number: int) -> tuple[StepRecord, Iteration, float]:

@@ -23,7 +23,7 @@ ALONE = Replica.alone()
 
 
 def make(**settings: Any) -> ScoreStore:
-    config = EvolvedSamplingConfig(**{"pruning_ratio": 0.3, "seed": 5, **settings})
+    config = EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": 0.3, "seed": 5, **settings})
     store = ScoreStore(make_manifest((70_001, 3, 5000)), config, ALONE)
     random = np.random.default_rng(0)
     visits = random.integers(0, 4, store.manifest.total).astype(np.uint8)
@@ -121,7 +121,7 @@ def test_loaded_scores_are_not_copied():
 
 def test_sums_stay_exact_over_a_thousand_components():
     manifest = make_manifest([3 + number % 5 for number in range(1000)])
-    store = ScoreStore(manifest, EvolvedSamplingConfig(score_correction="debiased", beta2=0.8), ALONE)
+    store = ScoreStore(manifest, EvolvedSamplingConfig(preset="paper", score_correction="debiased", beta2=0.8), ALONE)
     random = np.random.default_rng(0)
     for iteration in range(30):
         ids = random.integers(0, manifest.total, 700)

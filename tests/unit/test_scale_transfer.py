@@ -119,7 +119,7 @@ def test_scores_are_found_in_a_folder_a_checkpoint_and_a_run(tmp_path):
 
 def test_a_run_that_begins_with_scores_prunes_what_has_them(tmp_path):
     save(tmp_path / "es_state", blend(part("a", 500), part("c", 10)))
-    config = EvolvedSamplingConfig(pruning_ratio=0.2, initial_scores=str(tmp_path))
+    config = EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2, initial_scores=str(tmp_path))
     store = ScoreStore(blend(part("b", 40), part("a", 500)), config, ALONE)
     assert begin_with_scores(store) == Origin(scored=("a",))
     assert store.visits[:40].max() == 0
@@ -139,7 +139,7 @@ def test_a_changed_blend_is_refused_unless_it_may_change(tmp_path):
         read_resumption(tmp_path, after, ALONE, keep_scores=False)
     found = read_resumption(tmp_path, after, ALONE, keep_scores=True)
     assert found.transfer is not None
-    store = ScoreStore(after, EvolvedSamplingConfig(), ALONE)
+    store = ScoreStore(after, EvolvedSamplingConfig(preset="paper"), ALONE)
     assert found.begin(store) == Origin(9, 77, ("a", "b"))
     assert store.visits.min() == 3
 

@@ -21,7 +21,7 @@ SIZES = (300, 40, 3)
 
 
 def make(manifest: Manifest | None = None, **settings: Any) -> ScoreStore:
-    config = EvolvedSamplingConfig(**{"pruning_ratio": 0.3, "seed": 5, **settings})
+    config = EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": 0.3, "seed": 5, **settings})
     return ScoreStore(manifest or make_manifest(SIZES), config, Replica.alone())
 
 

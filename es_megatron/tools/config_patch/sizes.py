@@ -144,7 +144,7 @@ def propose(
     if sizes is None:
         return Proposal(config, passes), []
     findings: list[Finding] = []
-    if "keep_ratio" not in given and config.selects and not config.match_cost:
+    if "keep_ratio" not in given and config.selects and not config.match_cost and config.budget is None:
         kept = min(nearest(config.keep_ratio * sizes.meta_batch, sizes.quantum), sizes.meta_batch)
         ratio = kept / sizes.meta_batch
         if abs(ratio - config.keep_ratio) > 1e-9:

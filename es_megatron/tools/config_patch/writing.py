@@ -34,11 +34,11 @@ IN_ARGUMENTS = re.compile(rf"(?:(?: \\)?\r?\n[ \t]*| ){FLAG}")
 
 
 def settings_of(config: EvolvedSamplingConfig) -> dict[str, Any]:
-    """Fields that differ from their default, and the keep ratio always."""
+    """Fields that differ from their default, and those of the preset always."""
     return {
         field.name: value
         for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != field.default or field.name == "keep_ratio"
+        if (value := getattr(config, field.name)) != field.default
     }
 
 
@@ -47,7 +47,8 @@ def flags_of(config: EvolvedSamplingConfig, audit: str | None = None) -> list[st
     flags: list[str] = []
     for name, value in settings_of(config).items():
         flag = f"--es-{name.replace('_', '-')}"
-        flags.append(flag if value is True else f"{flag} {value}")
+        told = " ".join(value) if isinstance(value, tuple) else value
+        flags.append(flag if value is True else f"{flag} {told}")
     return flags + ([f"--es-audit {audit}"] if audit else [])
 
 

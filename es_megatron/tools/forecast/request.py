@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from es_megatron.config import EvolvedSamplingConfig, build, require
+from es_megatron.config import PRESETS, EvolvedSamplingConfig, build, require
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.data.schedule import Origin
 from es_megatron.errors import ConfigError, DataError
@@ -153,7 +153,10 @@ def read_settings(arguments: argparse.Namespace) -> PretrainSettings:
     if switches.config is None and hasattr(arguments, "es"):
         raise ConfigError("`--no-es` leaves nothing to plan. Leave it out, or give `--es-arm plain`.")
     fields = [field.name for field in dataclasses.fields(EvolvedSamplingConfig)]
-    told = {name: getattr(switches.config, name) for name in fields if hasattr(arguments, PREFIX + name)}
+    preset = PRESETS["default"] if hasattr(arguments, f"{PREFIX}preset") else {}
+    told = {
+        name: getattr(switches.config, name) for name in fields if hasattr(arguments, PREFIX + name) or name in preset
+    }
     config = dataclasses.replace(settings.evolved_sampling, **told)
     return dataclasses.replace(settings, evolved_sampling=config)
 
