@@ -25,8 +25,8 @@ Correction = Literal["paper", "debiased"]
 MAX_SATURATION_WEIGHT = 1e-6
 
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
-    "default": {"scorer": "history", "keep_ratio": 0.5},
-    "paper": {"scorer": "fresh", "keep_ratio": 0.25},
+    "default": {"scorer": "history", "keep_ratio": 0.5, "policy_options": ("power=3",)},
+    "paper": {"scorer": "fresh", "keep_ratio": 0.25, "policy_options": ()},
 }
 """What the fields are that are not given: by the evidence of docs/results.md, and as published (section 3.1)."""
 
@@ -39,8 +39,9 @@ class EvolvedSamplingConfig:
     """What Evolved Sampling does to a run; symbols are the paper's (arXiv 2509.23461)."""
 
     preset: Preset = "default"
-    """Where `scorer` and `keep_ratio` come from if they are not given: `default` (what paid for language models: free
-    scores, half of each meta-batch; see docs/results.md) or `paper` (a fresh scoring pass, a quarter of it)."""
+    """Where `scorer`, `keep_ratio` and the options of policy `es` come from if they are not given: `default` (what paid
+    for language models: free scores to the third power, half of each meta-batch; see docs/results.md) or `paper` (a
+    fresh scoring pass, weights as they are, a quarter of it)."""
 
     arm: Arm = "es"
     """`es`, or a control arm on the same code path: `plain` (train on everything), `uniform` (a random b of B, no
@@ -51,7 +52,7 @@ class EvolvedSamplingConfig:
     """How a meta-batch is chosen from: `es`, `uniform`, `loss`, `order`, `big-loss`, `small-loss`, `grad-norm`,
     `adaboost`, `coreset-1`, `coreset-2`, `adaselection`, or the name of an entry point in `es_megatron.policies`."""
 
-    policy_options: tuple[str, ...] = ()
+    policy_options: tuple[str, ...] = BY_PRESET
     """Options of the policy, each `option=value`, such as `power=2` (docs/policies.md has them)."""
 
     pruner: str = "eswp"
@@ -153,7 +154,8 @@ class EvolvedSamplingConfig:
         require_choice("preset", self.preset, Preset)
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is BY_PRESET:
-                object.__setattr__(self, name, value)  # the only place where a field is set: before anyone has seen it
+                fitting = () if name == "policy_options" and self.policy != "es" else value
+                object.__setattr__(self, name, fitting)  # the only place where a field is set: before anyone sees it
         require_choice("arm", self.arm, Arm)
         require_choice("scorer", self.scorer, Scorer)
         require_choice("granularity", self.granularity, Granularity)

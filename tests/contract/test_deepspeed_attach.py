@@ -23,7 +23,7 @@ MANIFEST = Manifest((Component("a", "", 40, 40.0, "x"), Component("b", "", 12, 1
 SAMPLES = 12 * B
 SECONDS = 200
 """Time-out of a test's ranks; they take a few seconds on an idle machine."""
-EVOLVED = {"keep_ratio": 0.5, "pruning_ratio": 0.25, "mask_lag": 2, "anneal": 0.1, "seed": 3}
+EVOLVED = {"preset": "paper", "keep_ratio": 0.5, "pruning_ratio": 0.25, "mask_lag": 2, "anneal": 0.1, "seed": 3}
 
 pytestmark = pytest.mark.timeout(2 * SECONDS + 20)
 

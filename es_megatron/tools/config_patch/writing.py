@@ -36,9 +36,9 @@ IN_ARGUMENTS = re.compile(rf"(?:(?: \\)?\r?\n[ \t]*| ){FLAG}")
 def settings_of(config: EvolvedSamplingConfig) -> dict[str, Any]:
     """Fields that differ from their default, and those of the preset always."""
     return {
-        field.name: value
+        field.name: list(value) if isinstance(value, tuple) else value
         for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != field.default
+        if (value := getattr(config, field.name)) not in (field.default, ())
     }
 
 
@@ -47,7 +47,7 @@ def flags_of(config: EvolvedSamplingConfig, audit: str | None = None) -> list[st
     flags: list[str] = []
     for name, value in settings_of(config).items():
         flag = f"--es-{name.replace('_', '-')}"
-        told = " ".join(value) if isinstance(value, tuple) else value
+        told = " ".join(value) if isinstance(value, list) else value
         flags.append(flag if value is True else f"{flag} {told}")
     return flags + ([f"--es-audit {audit}"] if audit else [])
 
