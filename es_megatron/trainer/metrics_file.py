@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -148,7 +149,9 @@ class MetricsFile:
             file.write(json.dumps({"plan": facts}) + "\n")
             file.writelines(kept_lines(path, start))
         os.replace(partial, path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file: TextIO | None = path.open("a", encoding="utf-8")
+        """None once it could not be written: no run ends for its metrics."""
         self._done = start
         self._open = Gathering(len(self._names))
 
@@ -173,11 +176,20 @@ class MetricsFile:
     def close(self) -> None:
         """Write what is left, and close."""
         self.end()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            LOGGER.warning("%s cannot be written (%s): the run goes on without it", self._path, error.strerror)
+            with suppress(OSError):  # it tries to write the rest
+                self._file.close()
+            self._file = None
 
 
 def known(value: float) -> float | None:
