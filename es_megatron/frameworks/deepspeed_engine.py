@@ -37,7 +37,7 @@ from es_megatron.frameworks.deepspeed_common import (
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
-from es_megatron.frameworks.scoring import join, scored_tokens, sequence_losses, shortened, traceless
+from es_megatron.frameworks.scoring import join, scored_part, scored_tokens, sequence_losses, traceless
 from es_megatron.step import Trained, Work
 
 Batch = dict[str, Tensor]
@@ -83,9 +83,8 @@ class EngineSampling(DeepSpeedSampling):
     def score(self, positions: Int64) -> Float32 | None:
         """See `Framework.score`."""
         size = self.engine.config.scoring_micro_batch_size or self.engine.micro_batch
-        batches = self._micro_batches(positions, size)
-        tokens = scored_tokens(self.engine.config, batches[0]["labels"].shape[1])
-        return self.score_batches([shortened(batch, tokens) for batch in batches], norms=self.engine.needs_norm)
+        batches = scored_part(self._micro_batches(positions, size), self.engine.config)
+        return self.score_batches(batches, norms=self.engine.needs_norm)
 
     def score_batches(self, batches: list[Batch], *, norms: bool = False) -> Float32 | None:
         """Mean token loss of each sequence of some micro-batches, as many on every rank; leaves no trace.

@@ -37,7 +37,7 @@ from es_megatron.frameworks.deepspeed_common import (
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import norm_bounds, square_sums
-from es_megatron.frameworks.scoring import join, scored_tokens, sequence_losses, shortened, traceless
+from es_megatron.frameworks.scoring import join, scored_part, scored_tokens, sequence_losses, traceless
 from es_megatron.step import Trained, Work
 
 Batch = dict[str, Tensor]
@@ -75,8 +75,7 @@ class PipeSampling(DeepSpeedSampling):
         config = self.engine.config
         size = config.scoring_micro_batch_size or self.engine.micro_batch
         batches = [] if self.feed is None else self.feed.micro_batches(positions, size)
-        batches = [shortened(batch, scored_tokens(config, batch["labels"].shape[1])) for batch in batches]
-        packed = iter([self.pack(batch) for batch in batches])
+        packed = iter([self.pack(batch) for batch in scored_part(batches, config)])
         other_shape = size != self.engine.micro_batch or config.scorer == "prefix"
         return self._score(packed, len(positions) // size, other_shape=other_shape, norms=self.engine.needs_norm)
 

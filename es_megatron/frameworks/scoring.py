@@ -42,6 +42,13 @@ def shortened(batch: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     }
 
 
+def scored_part(batches: list[dict[str, Tensor]], config: EvolvedSamplingConfig) -> list[dict[str, Tensor]]:
+    """What the scoring pass reads of micro-batches: all, but for the `prefix` scorer, which needs their `labels`."""
+    if config.scorer != "prefix":
+        return batches
+    return [shortened(batch, scored_tokens(config, batch["labels"].shape[1])) for batch in batches]
+
+
 def sequence_losses(output: Tensor, mask: Tensor, tokens: int | None = None) -> Tensor:
     """Mean token loss of each sequence under its mask, detached; nan where no token counts.
 
