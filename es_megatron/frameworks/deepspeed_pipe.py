@@ -74,8 +74,7 @@ class PipeSampling(DeepSpeedSampling):
         """See `Framework.score`."""
         config = self.engine.config
         size = config.scoring_micro_batch_size or self.engine.micro_batch
-        batches = [] if self.feed is None else self.feed.micro_batches(positions, size)
-        packed = iter([self.pack(batch) for batch in scored_part(batches, config)])
+        packed = self._packed(positions, size, scoring=True)
         other_shape = size != self.engine.micro_batch or config.scorer == "prefix"
         return self._score(packed, len(positions) // size, other_shape=other_shape, norms=self.engine.needs_norm)
 
@@ -150,8 +149,9 @@ class PipeSampling(DeepSpeedSampling):
 
         return training_loss
 
-    def _packed(self, positions: Int64, size: int) -> Iterator[Any]:
+    def _packed(self, positions: Int64, size: int, *, scoring: bool = False) -> Iterator[Any]:
         batches = [] if self.feed is None else self.feed.micro_batches(positions, size)
+        batches = scored_part(batches, self.engine.config) if scoring else batches
         return iter([self.pack(batch) for batch in batches])
 
     @contextmanager

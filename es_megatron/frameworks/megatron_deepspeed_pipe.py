@@ -35,9 +35,9 @@ class MegatronPipe(PipeSampling):
         finally:
             del scheduler.step
 
-    def _packed(self, positions: Int64, size: int) -> Iterator[Any]:
+    def _packed(self, positions: Int64, size: int, *, scoring: bool = False) -> Iterator[Any]:
         # tensor ranks above 0 have no iterator: the script's function takes their batch from rank 0
-        return cast(Iterator[Any], None) if self.feed is None else super()._packed(positions, size)
+        return cast(Iterator[Any], None) if self.feed is None else super()._packed(positions, size, scoring=scoring)
 
 
 def pipeline_of(engine: EvolvedSampling, feed: MetaBatchFeed | None, deepspeed: Any) -> MegatronPipe:
