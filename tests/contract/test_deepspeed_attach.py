@@ -309,9 +309,7 @@ def test_settings_may_be_a_json_file_or_passed(tmp_path):
 
     def body():
         from_file = attached(str(path)).engine.config
-        given = attached(
-            json_of(1, evolved=None), config=EvolvedSamplingConfig(**EVOLVED)
-        ).engine.config
+        given = attached(json_of(1, evolved=None), config=EvolvedSamplingConfig(**EVOLVED)).engine.config
         return from_file == given
 
     assert run_on_ranks(1, body, timeout=SECONDS) == [True]
