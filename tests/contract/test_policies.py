@@ -24,6 +24,7 @@ ITERATIONS = 24
 STOP = 12
 SECONDS = 200
 SAMPLES = f"training.train_samples={ITERATIONS * META_BATCH}"
+SHALLOW = "model.num_layers=2"
 VARIANTS: dict[str, tuple[str, ...]] = {
     **{f"policy-{name}": (f"policy={name}",) for name in POLICIES.names() if name != "es"},
     "policy-es-options": ("policy=es", "policy_options=[power=2, leave_out=0.3]"),
@@ -57,7 +58,7 @@ def train_all(names: tuple[str, ...], blend: Path, folder: Path, *overrides: str
 
     found: dict[str, History] = {}
     for name in names:
-        found[name] = train(settings_of(blend, folder / name, SAMPLES, *overrides, *overrides_of(name)))
+        found[name] = train(settings_of(blend, folder / name, SAMPLES, SHALLOW, *overrides, *overrides_of(name)))
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_global_memory_buffer()
     return found
@@ -144,7 +145,7 @@ def test_state_survives_a_resume(name: str, alone: dict[str, History], blend: Pa
         if iteration == STOP:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    settings = settings_of(blend, tmp_path, SAMPLES, *overrides_of(name))
+    settings = settings_of(blend, tmp_path, SAMPLES, SHALLOW, *overrides_of(name))
     first = run_on_ranks(1, functools.partial(train, settings, after=terminate), timeout=SECONDS)[0]
     assert len(first.chosen) == STOP + 1
     second = run_on_ranks(1, train, settings, timeout=SECONDS)[0]
