@@ -91,10 +91,10 @@ class Chooser:
         """Choose by the policy."""
         drawable = np.flatnonzero(known.weight)
         weight, draws = self._weigh(iteration, known, drawable)
+        self._judge(weight[drawable] if draws else known.loss[drawable])
         if self.config.arm == "shuffled":
             drawn = uniforms(self.config.seed, Purpose.SHUFFLE_BATCH, 0, iteration, 0, len(weight))
             weight[drawable] = weight[drawable[np.argsort(drawn[drawable], kind="stable")]]
-        self._judge(known.loss[drawable] if self.policy.needs_norm else known.weight[drawable])
         return self._take(iteration, weight, self.plan.kept, draws=draws)
 
     def choose_any(self, iteration: int) -> Choice:
@@ -177,7 +177,7 @@ class Chooser:
             return Race(best_groups(weight, count, self.micro_batch), np.inf)
         return race(weight, uniform, count) if draws else Race(best(weight, count), np.inf)
 
-    def _judge(self, weight: Float32) -> None:
+    def _judge(self, weight: npt.NDArray[np.floating]) -> None:
         """Go on with the guard's average, and fall back where it says so; the same on every rank."""
         if self.config.guard == "off" or len(weight) == 0:
             return

@@ -149,3 +149,16 @@ def test_guard_off_never_falls():
     made.choose(0, known(np.ones(B)))
     made.commit()
     assert not made.fell
+
+
+def test_guard_judges_the_weights_that_draw():
+    """Not the losses that the policy made them of: a power makes the same losses worth more."""
+    loss = np.linspace(1, 4, B)
+    flat, sharp = (chooser(guard="uniform", guard_window=1, policy_options=(f"power={p}",)) for p in (1, 16))
+    for made in (flat, sharp):
+        made.choose(0, known(loss))
+        made.commit()
+    assert flat.state["guard"]["gain"] == pytest.approx(equivalent_batch(loss), rel=1e-6)
+    assert sharp.state["guard"]["gain"] == pytest.approx(equivalent_batch(loss**16), rel=1e-5)
+    assert flat.fell
+    assert not sharp.fell
