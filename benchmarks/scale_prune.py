@@ -13,7 +13,7 @@ from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.parallel import Replica
-from es_megatron.scores.store import ScoreStore
+from es_megatron.scores.store import Lookup, ScoreStore
 from es_megatron.scores.threshold import sample_count
 
 RATIO = 0.2
@@ -105,7 +105,7 @@ class ShareStore(ScoreStore):
     def _sample_keys(self, component: int, epoch: int, unseen: float, mean: float) -> Any:
         slots = np.linspace(0, len(self.score) - 1, sample_count(self.manifest.total)).astype(np.int64)
         uniform = np.random.default_rng(0).random(len(slots))
-        return self._key(self.score[slots], self.visits[slots], uniform, unseen, mean)
+        return self._key(Lookup(self.score[slots], self.visits[slots]), uniform, epoch, unseen, mean)
 
 
 def share(samples: int, ranks: int) -> dict[str, Any]:

@@ -290,11 +290,15 @@ class ScoreStore:
         weight = np.maximum(self._usable(score, visits, unseen), np.finfo(np.float32).tiny)
         return raise_to_floor(weight, self.config.weight_floor, mean)
 
+    def _key(self, found: Lookup, uniform: Float64, epoch: int, unseen: float, mean: float) -> Float64:
+        weight = self._weight(found.score, found.visits, unseen, mean)
+        return self.pruner.keys(Block(weight, found.visits, uniform, mean, epoch))
+
     def _keys(self, component: int, epoch: int, unseen: float, mean: float) -> Iterator[Float64]:
         name = component_key(self.manifest.components[component].name)
         for score, visits, row in self._blocks(component):
             uniform = uniforms(self.config.seed, Purpose.PRUNE, name, epoch, row, len(score))
-            yield self.pruner.keys(Block(self._weight(score, visits, unseen, mean), visits, uniform, mean, epoch))
+            yield self._key(Lookup(score, visits), uniform, epoch, unseen, mean)
 
     def _sample_keys(self, component: int, epoch: int, unseen: float, mean: float) -> Float64:
         """Keys of the same evenly spread rows on every rank; they only narrow the search."""
@@ -303,8 +307,7 @@ class ScoreStore:
         found = self.lookup_local(self.manifest.sample_ids(component, rows))
         packed = self.replica.sum_over_dp(np.stack([found.score, found.visits.astype(np.float32)]))
         uniform = uniforms(self.config.seed, Purpose.PRUNE, component + 1, epoch, samples, len(rows))
-        visits = packed[1].astype(np.uint8)
-        return self.pruner.keys(Block(self._weight(packed[0], visits, unseen, mean), visits, uniform, mean, epoch))
+        return self._key(Lookup(packed[0], packed[1].astype(np.uint8)), uniform, epoch, unseen, mean)
 
     def _gather(self, kept: UInt8, first: int, samples: int) -> Iterator[UInt8]:
         """Join the parts of all data-parallel ranks, piece by piece; model-parallel rank 0's word counts.
