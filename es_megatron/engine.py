@@ -234,9 +234,8 @@ class EvolvedSampling:
     def _step_fresh(self, batch: MetaBatch, framework: Framework) -> Any:
         """The paper's step: score the meta-batch, evolve, choose, train on the chosen."""
         with self._timed("score"):
-            own = framework.score(self.own)
+            losses, norm = self._split(framework, framework.score(self.own))
         with self._timed("exchange"):
-            losses, norm = self._split(framework, own)
             found, loss = self.store.exchange(batch.id, losses)
             self._check(batch, loss)
             used = self.store.usable(batch.component, found)
@@ -293,12 +292,12 @@ class EvolvedSampling:
         """Train, and share the losses if they were captured: nan where nothing is known."""
         with self._timed("train"):
             trained = framework.train(work)
-        if not work.capture:
-            return trained.result, np.full(self.meta_batch, np.nan, np.float32)
+            if not work.capture:
+                return trained.result, np.full(self.meta_batch, np.nan, np.float32)
+            spread = self._spread(framework, work.positions, trained.losses)
         with self._timed("exchange"):
             known = np.zeros(self.meta_batch, np.float32)
             known[work.positions] = 1
-            spread = self._spread(framework, work.positions, trained.losses)
             known, loss = self.replica.sum_over_dp(np.stack([known, spread]))
             return trained.result, np.where(known > 0, loss, np.float32(np.nan))
 

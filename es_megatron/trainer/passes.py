@@ -172,7 +172,7 @@ def calibrate(passes: BarePasses, zero: Callable[[], None]) -> Layout:
 
 
 def quickest(passes: BarePasses, zero: Callable[[], None], runs: Sequence[Callable[[], Any]]) -> list[float]:
-    """Least seconds of each run; they take turns, so that a slow spell of the machine falls on all of them."""
+    """Least seconds of each run on all stages; they take turns, so that a slow spell of the machine falls on all of them."""
     best = np.full(len(runs), np.inf)
     for turn in range(TIMED_TURNS + 1):
         for at, run in enumerate(runs):
@@ -182,6 +182,7 @@ def quickest(passes: BarePasses, zero: Callable[[], None], runs: Sequence[Callab
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+            passes.replica.barrier()  # a pass is over when its last stage is
             if turn > 0:  # the first one pays for what is made once
                 best[at] = min(best[at], time.perf_counter() - begin)
     zero()
