@@ -88,11 +88,12 @@ class Replica:
         """Sum a small tensor in log2(D) exchanges with one partner each; gloo's ring takes 2 (D - 1) steps.
 
         Ranks past the largest power of two hand their part to a partner and get the result back. Every rank adds the
-        same pairs, so that the sums are the same to the last bit.
+        same pairs, so that the sums are the same to the last bit. numpy adds: torch would wake threads for it.
         """
         members, group, rank = self._members["dp"], self._groups["dp"], self.dp_rank
         whole = 1 << (self.dp_size.bit_length() - 1)
         other = torch.empty_like(tensor)
+        total, received = tensor.numpy(), other.numpy()
         if rank >= whole:
             dist.send(tensor, members[rank - whole], group=group)
             dist.recv(tensor, members[rank - whole], group=group)
@@ -100,7 +101,7 @@ class Replica:
         extra = rank + whole < self.dp_size
         if extra:
             dist.recv(other, members[rank + whole], group=group)
-            tensor = tensor + other
+            total += received
         step = 1
         while step < whole:
             partner = members[rank ^ step]
@@ -108,7 +109,7 @@ class Replica:
             dist.recv(other, partner, group=group)
             if sent is not None:
                 sent.wait()
-            tensor = tensor + other
+            total += received
             step *= 2
         if extra:
             dist.send(tensor, members[rank + whole], group=group)
