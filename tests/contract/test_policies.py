@@ -32,12 +32,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{f"pruner-{name}": (f"pruner={name}", "policy=uniform") for name in PRUNERS.names() if name != "eswp"},
     "pruning-alone": ("pruner=infobatch", "keep_ratio=1"),
     "prefix": ("scorer=prefix", "prefix_share=0.5"),
-    "guard": ("guard=uniform", "guard_window=4"),
-    "budget": ("scorer=history", "budget=0.5", "pruning_ratio=0"),
+    "guard": ("guard=uniform", "guard_window=4", "scorer=prefix", "prefix_share=0.5"),
+    "budget": ("scorer=history", "budget=0.55", "pruning_ratio=0"),
     "match-cost": ("scorer=history", "match_cost=true"),
 }
 LAYOUTS = ("parallel.pipeline=2", "parallel.tensor=2", "data.prefetch=2")
-"""Of two ranks; the last is data-parallel."""
+"""Of two ranks; the last is data-parallel, where b is even: variants that find b themselves find an even one alone."""
 ARM = "evolved_sampling.arm=uniform"
 FAST = {("policy-grad-norm", LAYOUTS[1]), ("pruner-infobatch", LAYOUTS[0]), ("prefix", LAYOUTS[0])}
 Run = Callable[..., list[History]]
@@ -95,8 +95,8 @@ def test_every_variant_runs_to_its_end_and_chooses_in_its_own_way(alone: dict[st
 @pytest.mark.timeout(SECONDS + 60)
 def test_costs_are_those_that_were_asked_for(alone: dict[str, History]) -> None:
     summary = alone["budget"].summary
-    assert summary["cost"] <= 0.5 * summary["plain_cost"]
-    assert summary["cost"] > 0.48 * summary["plain_cost"]
+    assert summary["cost"] <= 0.55 * summary["plain_cost"]
+    assert summary["cost"] > 0.53 * summary["plain_cost"]
     prefix = alone["prefix"].summary
     assert prefix["score_price"] == 0.5
     assert prefix["cost"] == pytest.approx(0.5 * prefix["sequences_scored"] + 3 * prefix["sequences_trained"])
@@ -110,7 +110,7 @@ def test_the_guard_falls_back(alone: dict[str, History]) -> None:
     sizes = [len(ids) for ids in history.chosen]
     selecting = [size for size in sizes if size < META_BATCH]
     assert selecting[:4] == [4] * 4
-    assert set(selecting[4:]) == {9}  # 4 + 16 / 3
+    assert set(selecting[4:]) == {6}  # 4 + 0.5 * 16 / 3
     assert history.summary["sequences_scored"] == 4 * META_BATCH
 
 
