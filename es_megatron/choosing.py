@@ -34,6 +34,8 @@ class Known(NamedTuple):
     """Weights of eq. 2.5, 0 where the loss is not finite; without a fresh pass the same scores."""
     norm: Float32 | None = None
     """Bound of gradient norms, where the policy asked for it."""
+    informed: bool = True
+    """Whether any of it was ever scored; what was not says nothing about what scores are worth."""
 
 
 class Choice(NamedTuple):
@@ -73,6 +75,13 @@ class Chooser:
             raise ConfigError(
                 f"`{name}` must be off with policy `{config.policy}`, which ranks and does not draw. Switch it off."
             )
+        leaves_out = getattr(self.policy, "leave_out", 0.0) > 0
+        if leaves_out and (config.weight_floor > 0 or config.granularity == "microbatch"):
+            name = "weight_floor" if config.weight_floor > 0 else "granularity: microbatch"
+            raise ConfigError(
+                f"`{name}` must be off where option `leave_out` of policy `{config.policy}` is above 0: it would "
+                "choose what is left out. Switch one of them off."
+            )
         self.state: dict[str, Any] = {"policy": {}, "guard": {"iterations": 0, "gain": 0.0, "fell": False}}
         """JSON-able; of the last finished iteration."""
         self._next = self.state
@@ -80,18 +89,19 @@ class Chooser:
     @property
     def needs_norm(self) -> bool:
         """Whether scoring passes have to tell the bound of gradient norms."""
-        return self.policy.needs_norm and self.config.arm == "es"
+        return self.policy.needs_norm and self.config.scores
 
     @property
     def fell(self) -> bool:
         """Whether the guard has fallen back."""
-        return bool(self.state["guard"]["fell"])
+        return self.config.guard != "off" and bool(self.state["guard"]["fell"])
 
     def choose(self, iteration: int, known: Known) -> Choice:
         """Choose by the policy."""
         drawable = np.flatnonzero(known.weight)
         weight, draws = self._weigh(iteration, known, drawable)
-        self._judge(weight[drawable] if draws else known.loss[drawable])
+        if known.informed:
+            self._judge(weight[drawable] if draws else known.loss[drawable])
         if self.config.arm == "shuffled":
             drawn = uniforms(self.config.seed, Purpose.SHUFFLE_BATCH, 0, iteration, 0, len(weight))
             weight[drawable] = weight[drawable[np.argsort(drawn[drawable], kind="stable")]]

@@ -34,6 +34,7 @@ from es_megatron.step import Framework, StepRecord, Work
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
+UInt8 = npt.NDArray[np.uint8]
 
 LOGGER = logging.getLogger(__name__)
 
@@ -198,15 +199,28 @@ class EvolvedSampling:
         self.chooser.load(state["chooser"])
 
     def _terms(self) -> dict[str, Any]:
-        """Settings that decide which samples come when; changing one would tear the epochs."""
+        """Settings that decide which samples come when and what the saved state means."""
         schedule = self.plan.schedule
         return {
             "meta_batch": self.meta_batch,
             "train_samples": schedule.train_samples,
             "iterations": schedule.iterations,
+            "policy_options": list(self.config.policy_options),
+            "pruner_options": list(self.config.pruner_options),
             **{
                 name: getattr(self.config, name)
-                for name in ("arm", "anneal", "pruning_ratio", "keep_ratio", "mask_lag", "seed", "policy", "pruner")
+                for name in (
+                    "arm",
+                    "anneal",
+                    "pruning_ratio",
+                    "keep_ratio",
+                    "mask_lag",
+                    "seed",
+                    "policy",
+                    "pruner",
+                    "correction",
+                    "decay",
+                )
             },
         }
 
@@ -223,7 +237,7 @@ class EvolvedSampling:
         weights = None
         if self.epochs.rescales:
             with self._timed("exchange"):
-                weights = self.epochs.weights(batch, self._known_scores(batch))
+                weights = self.epochs.weights(batch, *self._known_scores(batch))
         work = Work(self.own, None if weights is None else weights[self.own], self.config.learns)
         result, loss = self._train(framework, work)
         if self.config.learns:
@@ -241,7 +255,7 @@ class EvolvedSampling:
             used = self.store.usable(batch.component, found)
             weight = self.store.evolve(self.iteration, batch.id, found, used, loss)
             choice = self.chooser.choose(self.iteration, Known(loss, weight, norm))
-            choice = self._rescaled(choice, batch, used)
+            choice = self._rescaled(choice, batch, found.visits, used)
         result, _ = self._train(framework, self._work(choice, capture=False))
         self._record(batch, True, self.meta_batch, choice.positions, loss)
         return result
@@ -249,27 +263,30 @@ class EvolvedSampling:
     def _step_known(self, batch: MetaBatch, framework: Framework) -> Any:
         """Choose by what is known already (history), or by nothing (uniform), and learn from the training forward."""
         with self._timed("exchange"):
-            used = self._known_scores(batch) if self.config.scores else None
-            if used is None or self.chooser.fell:
+            if not self.config.scores:
                 choice = self.chooser.choose_any(self.iteration)
             else:
-                choice = self.chooser.choose(self.iteration, Known(used, used))
-            if used is not None:
-                choice = self._rescaled(choice, batch, used)
+                visits, used = self._known_scores(batch)
+                if self.chooser.fell:
+                    choice = self.chooser.choose_any(self.iteration)
+                else:
+                    known = Known(used, used, informed=bool((visits > 0).any()))
+                    choice = self.chooser.choose(self.iteration, known)
+                choice = self._rescaled(choice, batch, visits, used)
         result, loss = self._train(framework, self._work(choice, capture=self.config.learns))
         if self.config.learns:
             self._learn(batch, choice.positions, loss)
         self._record(batch, True, 0, choice.positions, loss)
         return result
 
-    def _known_scores(self, batch: MetaBatch) -> Float32:
-        """Scores of a meta-batch as they are used, float32[B], above 0."""
+    def _known_scores(self, batch: MetaBatch) -> tuple[UInt8, Float32]:
+        """Visits and scores of a meta-batch, [B] each; scores as they are used, above 0."""
         found, _ = self.store.exchange(batch.id, np.zeros(self.meta_batch, np.float32))
-        return np.maximum(self.store.usable(batch.component, found), np.finfo(np.float32).tiny)
+        return found.visits, np.maximum(self.store.usable(batch.component, found), np.finfo(np.float32).tiny)
 
-    def _rescaled(self, choice: Choice, batch: MetaBatch, used: Float32) -> Choice:
+    def _rescaled(self, choice: Choice, batch: MetaBatch, visits: UInt8, used: Float32) -> Choice:
         """Weigh the chosen also by what they stand for in their pruned epoch."""
-        weights = self.epochs.weights(batch, used)
+        weights = self.epochs.weights(batch, visits, used)
         if weights is None:
             return choice
         own = 1.0 if choice.weights is None else choice.weights
@@ -344,7 +361,7 @@ class EvolvedSampling:
             components=batch.component[positions],
             meta_loss=float(loss[finite].mean(dtype=np.float64)) if finite.all() else float("nan"),
             chosen_loss=mean_of_finite(chosen),
-            bad=int(np.count_nonzero(~np.isfinite(loss if scored else chosen))) if self.config.scores else 0,
+            bad=int(np.count_nonzero(~np.isfinite(loss if scored else chosen))) if self.config.learns else 0,
             seconds=dict(self._seconds),
             drawn=batch.component,
             skipped_loss=mean_of_finite(np.delete(loss, positions)),

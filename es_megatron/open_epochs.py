@@ -16,6 +16,7 @@ from es_megatron.scores.store import ScoreStore, StandIn
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+UInt8 = npt.NDArray[np.uint8]
 EpochKey = tuple[int, int]
 
 LOGGER = logging.getLogger(__name__)
@@ -66,14 +67,15 @@ class OpenEpochs:
         """Whether losses of some open epoch have weights."""
         return any(entry.stand_in is not None for entry in self.entries.values())
 
-    def weights(self, batch: MetaBatch, used: Float32) -> Float64 | None:
+    def weights(self, batch: MetaBatch, visits: UInt8, used: Float32) -> Float64 | None:
         """What the losses of a meta-batch's samples are multiplied by, for those that were left out.
 
         Scores are those the sample had when its epoch's mask was decided, but for samples that the `mask_lag`
-        iterations since then have changed.
+        iterations since then have changed. Debiased, an unseen sample counted as the mean itself, and so not as low.
 
         Args:
             batch: the meta-batch.
+            visits: uint8[B], how often each score has been updated.
             used: float32[B], scores as they are used, before this iteration changes them.
 
         Returns:
@@ -82,10 +84,11 @@ class OpenEpochs:
         if not self.rescales:
             return None
         weight = np.ones(len(used))
+        judged = (visits > 0) | (self.plan.config.correction == "paper")
         for (component, epoch), entry in self.entries.items():
             if entry.stand_in is not None:
-                below = (batch.component == component) & (batch.epoch == epoch) & (used < entry.stand_in.threshold)
-                weight[below] = entry.stand_in.factor
+                here = judged & (batch.component == component) & (batch.epoch == epoch)
+                weight[here & (used < entry.stand_in.threshold)] = entry.stand_in.factor
         return weight
 
     def rate(self, batch: MetaBatch) -> float:

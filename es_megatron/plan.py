@@ -7,6 +7,7 @@ one costs 1. A layout with pipeline stages pays its ramps on top, per pass (1F1B
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,8 +35,6 @@ class Plan:
     """Sequences of an evolving meta-batch that get a backward pass (b)."""
     plain_iterations: int
     """Iterations of the plain run over the user's `train_samples`."""
-    quantum: int = 1
-    """What the number of trained sequences must be a multiple of."""
 
     @property
     def break_even_gain(self) -> float:
@@ -46,11 +45,14 @@ class Plan:
 
     @property
     def fallback(self) -> int:
-        """Sequences trained once the guard has fallen back: all, or as many as scoring and training cost together."""
+        """Sequences trained once the guard has fallen back: all, or at most what scoring and training cost together.
+
+        A multiple of what divides both b and B, which every layout of the run can train.
+        """
         if self.config.guard == "plain":
             return self.meta_batch
-        more = (self.break_even_gain - 1.0) * self.kept
-        return min(self.meta_batch, self.kept + int(more / self.quantum + 1e-9) * self.quantum)
+        more, unit = (self.break_even_gain - 1.0) * self.kept, math.gcd(self.kept, self.meta_batch)
+        return min(self.meta_batch, self.kept + int(more / unit + 1e-9) * unit)
 
     @property
     def evolving_iterations(self) -> int:
@@ -132,7 +134,7 @@ def plan_run(
     def make(kept: int, samples: int) -> Plan:
         ratio = config.pruning_ratio if config.prunes else 0.0
         schedule = Schedule(manifest, meta_batch, samples, anneal=config.anneal, pruning_ratio=ratio, origin=origin)
-        return Plan(config, schedule, meta_batch, kept, plain_iterations, quantum)
+        return Plan(config, schedule, meta_batch, kept, plain_iterations)
 
     if config.arm == "plain" or not (sized or config.arm == "shortened"):
         return make(kept, train_samples)

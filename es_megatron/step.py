@@ -68,8 +68,8 @@ class StepRecord(NamedTuple):
     bad: int
     """Sequences with a non-finite loss."""
     seconds: dict[str, float]
-    """Wall-clock of `score` and `train` (until every stage has the losses), `exchange` (between data-parallel ranks) and
-    `order`."""
+    """Wall-clock of `score` and `train` (until every stage has the losses), `exchange` (between data-parallel ranks)
+    and `order`."""
     drawn: Int64 = np.zeros(0, dtype=np.int64)
     """Component of each sequence of the meta-batch, chosen or not."""
     skipped_loss: float = float("nan")

@@ -10,12 +10,15 @@ def equivalent_batch(weight: npt.NDArray[np.floating]) -> float:
     """How many times more uniform samples would lower the variance of the gradient as much as drawing by weight.
 
     With probabilities g = w / sum(w) this is tau = 1 / sqrt(1 - |g - 1/B|^2 / |g|^2) = sqrt(B |g|^2), where weights
-    stand for gradient norms: 1 where they are all equal.
+    stand for gradient norms: 1 where they are all equal, 0 included.
 
     Args:
-        weight: float[B], >= 0, some above 0.
+        weight: float[B], >= 0.
     """
-    share = weight.astype(np.float64) / weight.sum(dtype=np.float64)
+    total = weight.sum(dtype=np.float64)
+    if total <= 0:
+        return 1.0
+    share = weight.astype(np.float64) / total
     return float(np.sqrt(len(share) * (share**2).sum()))
 
 

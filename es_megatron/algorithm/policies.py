@@ -20,6 +20,9 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 State = dict[str, list[float]]
 
+DRAWABLE = 1e-260, 1e260
+"""Weights are held within this, so that sums of them are neither 0 nor infinite."""
+
 
 class Evidence(NamedTuple):
     """What is known of a meta-batch when it is chosen from; every loss in it is finite."""
@@ -79,7 +82,8 @@ class EvolvedSamplingPolicy:
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
-        weight_B = np.maximum(evidence.weight_B, np.finfo(np.float32).tiny) ** self.power
+        with np.errstate(over="ignore", divide="ignore"):
+            weight_B = np.clip(np.maximum(evidence.weight_B, np.finfo(np.float32).tiny) ** self.power, *DRAWABLE)
         out = min(int(self.leave_out * len(weight_B)), len(weight_B) - evidence.chosen)
         if out > 0:
             # not 0, which would mean that it has no loss: the race takes them last
@@ -209,6 +213,9 @@ class MeanPolicy:
         return Weighed(-np.abs(evidence.loss_B - evidence.loss_B.mean()), state)
 
 
+LARGEST_STEP = 30.0
+"""The exponent of eq. 3 is held within this: a first loss far above the score it started from must not end methods."""
+
 MIXABLE = ("big-loss", "small-loss", "uniform", "adaboost", "coreset-1", "coreset-2")
 
 
@@ -254,7 +261,8 @@ class AdaSelectionPolicy:
         weight_M = np.asarray(state.get("weight", [1.0 / len(self.methods)] * len(self.methods)))
         if "loss" in state:
             before_M = np.asarray(state["loss"])
-            weight_M = weight_M * np.exp(self.beta * (before_M - loss_M) / np.maximum(before_M, 1e-12))
+            step_M = np.clip(self.beta * (before_M - loss_M) / np.maximum(before_M, 1e-12), -LARGEST_STEP, LARGEST_STEP)
+            weight_M = np.maximum(weight_M * np.exp(step_M - step_M.max()), 1e-12)
             weight_M = weight_M / weight_M.sum()
         time = float(evidence.iteration + 1) ** self.curriculum
         reward_B = np.exp(-time * loss_B / np.maximum((loss_B**2).sum(), 1e-12))

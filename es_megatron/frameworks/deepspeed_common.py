@@ -29,7 +29,7 @@ from es_megatron.data.mask import KeptMask
 from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
-from es_megatron.frameworks.rate import scaled_rate
+from es_megatron.frameworks.rate import scaled_steps
 from es_megatron.parallel import Replica
 from es_megatron.step import Trained, Work
 
@@ -221,7 +221,7 @@ class DeepSpeedSampling(ABC):
         batch = self.engine.begin()
         if self.feed is not None:
             self.feed.fetch(batch)
-        with scaled_rate(self.deepspeed.optimizer, self.engine.rate_factor):
+        with scaled_steps(self.deepspeed.optimizer, self.engine.rate_factor):
             result = self.engine.step(batch, self)
         succeeded = bool(self.deepspeed.was_step_applied())
         norm = self.deepspeed.get_global_grad_norm()

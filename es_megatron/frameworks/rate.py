@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -24,3 +25,31 @@ def scaled_rate(optimizer: Any, factor: float) -> Generator[None]:
     finally:
         for group, rate in zip(groups, before, strict=True):
             group["lr"] = rate
+
+
+@contextmanager
+def scaled_steps(optimizer: Any, factor: float) -> Generator[None]:
+    """Multiply the learning rate in calls of `optimizer.step` only: what calls them may move its schedule itself.
+
+    Args:
+        optimizer: something with torch's `param_groups` and `step`.
+        factor: `EvolvedSampling.rate_factor`; 1 changes nothing.
+    """
+    if factor == 1.0:
+        yield
+        return
+    step, own = optimizer.step, vars(optimizer).get("step")
+
+    @functools.wraps(step)  # torch's schedules look for their own mark on it
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        with scaled_rate(optimizer, factor):
+            return step(*args, **kwargs)
+
+    optimizer.step = scaled
+    try:
+        yield
+    finally:
+        if own is None:
+            del optimizer.step
+        else:
+            optimizer.step = own

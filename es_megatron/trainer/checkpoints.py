@@ -99,7 +99,7 @@ class RunCheckpoints:
         partial = self._directory.begin(engine.iteration)
         with agreed(self._world, f"save iteration {engine.iteration}", lambda: None):
             backend.save(partial / MODEL)
-        state = {"engine": engine.state_dict(), "totals": totals.state_dict(), "evaluations": evaluations}
+        state = {"engine": engine.state_dict(), "totals": totals.state_dict(), "evaluations": list(evaluations)}
         writer = self._writer(partial / ES_STATE, engine, state)
         if self._in_background:
             self._pending = BackgroundSave(self._directory, engine.iteration, writer, self._world)

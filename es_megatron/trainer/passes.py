@@ -172,7 +172,7 @@ def calibrate(passes: BarePasses, zero: Callable[[], None]) -> Layout:
 
 
 def quickest(passes: BarePasses, zero: Callable[[], None], runs: Sequence[Callable[[], Any]]) -> list[float]:
-    """Least seconds of each run on all stages; they take turns, so that a slow spell of the machine falls on all of them."""
+    """Least seconds of each run on all stages; in turns, so that a slow spell of the machine falls on all of them."""
     best = np.full(len(runs), np.inf)
     for turn in range(TIMED_TURNS + 1):
         for at, run in enumerate(runs):

@@ -95,6 +95,14 @@ def test_state_is_kept_by_commit_only():
         ({"policy": "grad-norm", "scorer": "history"}, "`scorer` must be `fresh` or `prefix` with policy `grad-norm`"),
         ({"policy": "order", "inclusion_weights": True}, "`inclusion_weights` must be off with policy `order`"),
         ({"policy": "order", "weight_floor": 0.5}, "`weight_floor` must be off with policy `order`"),
+        (
+            {"policy_options": ("leave_out=0.3",), "weight_floor": 0.5},
+            "`weight_floor` must be off where option `leave_",
+        ),
+        (
+            {"policy_options": ("leave_out=0.3",), "granularity": "microbatch"},
+            "`granularity: microbatch` must be off where option `leave_out`",
+        ),
     ],
 )
 def test_what_does_not_go_together(changes: dict[str, object], told: str):
@@ -104,6 +112,7 @@ def test_what_does_not_go_together(changes: dict[str, object], told: str):
 
 def test_equivalent_batch_by_hand():
     assert equivalent_batch(np.ones(7)) == pytest.approx(1)
+    assert equivalent_batch(np.zeros(7)) == 1.0
     # shares 0.75 and 0.25: 2 * (0.5625 + 0.0625) = 1.25
     assert equivalent_batch(np.asarray([3.0, 1.0])) == pytest.approx(1.25**0.5)
     average = 0.0
@@ -116,7 +125,7 @@ def test_equivalent_batch_by_hand():
 def test_guard_falls_back_where_weights_are_worth_less_than_their_price(caplog: pytest.LogCaptureFixture):
     made = chooser(guard="uniform", guard_window=3)
     assert made.plan.break_even_gain == pytest.approx(1 + B / (3 * 4))
-    assert made.plan.fallback == 8  # 4 + 16 / 3, down to a multiple of 2
+    assert made.plan.fallback == 8  # 4 + 16 / 3, down to a multiple of what divides 4 and 16
     with caplog.at_level(logging.WARNING):
         for iteration in range(3):
             assert not made.fell
@@ -144,11 +153,45 @@ def test_guard_stays_where_weights_are_worth_it():
     assert not free.fell  # free scores pay as soon as weights differ at all
 
 
-def test_guard_off_never_falls():
+def test_guard_off_never_falls_and_takes_a_fall_back():
     made = chooser(guard_window=1)
     made.choose(0, known(np.ones(B)))
     made.commit()
     assert not made.fell
+    fallen = chooser(guard="uniform", guard_window=1)
+    fallen.choose(0, known(np.ones(B)))
+    fallen.commit()
+    assert fallen.fell
+    made.load(fallen.state)
+    assert not made.fell
+
+
+def test_guard_does_not_judge_what_was_never_scored():
+    made = chooser(guard="uniform", guard_window=1, scorer="history")
+    for iteration in range(3):
+        made.choose(iteration, known(np.ones(B))._replace(informed=False))
+        made.commit()
+    assert not made.fell
+    made.choose(3, known(np.ones(B)))
+    made.commit()
+    assert made.fell
+
+
+@pytest.mark.parametrize(("kept", "meta_batch"), [(0.25, 32), (0.5, 32), (0.625, 32), (0.75, 48)])
+def test_fallback_is_the_same_in_every_layout(kept: float, meta_batch: int):
+    config = EvolvedSamplingConfig(preset="paper", keep_ratio=kept, guard="uniform")
+    quanta = [quantum for quantum in (1, 2, 4, 8) if kept * meta_batch % quantum == 0]
+    found = [plan_run(config, MANIFEST, meta_batch, quantum, 4000).fallback for quantum in quanta]
+    assert len(set(found)) == 1
+    assert all(found[0] % quantum == 0 for quantum in quanta)
+    assert kept * meta_batch <= found[0] <= min(meta_batch, kept * meta_batch + meta_batch / 3)
+
+
+def test_the_placebo_may_need_norms():
+    made = chooser(policy="grad-norm", arm="shuffled")
+    assert made.needs_norm
+    loss = np.arange(1, B + 1)
+    assert len(made.choose(0, known(loss)._replace(norm=loss.astype(np.float32))).positions) == 4
 
 
 def test_guard_judges_the_weights_that_draw():

@@ -248,6 +248,22 @@ def test_bad_losses_are_left_out_counted_and_named(caplog: pytest.LogCaptureFixt
     assert fake.trained
 
 
+def test_infobatch_weighs_up_only_what_had_a_score() -> None:
+    """Debiased, an unseen sample counts as the mean: it is not left out as low, and stands for itself alone."""
+    engine = make(scorer="history", policy="uniform", pruner="infobatch", samples=60 * B)
+    fake = Fake(engine, lambda sample, iteration: 5 * math.exp(-iteration / 20) * (1 + sample % 7 / 70))
+    rescaled = 0
+    while not engine.done:
+        before = engine.store.visits.copy()
+        ids = fake.iterate().chosen
+        weights = fake.weights[-1]
+        if weights is not None:
+            unseen = before[ids] == 0
+            assert (weights[unseen] == 1).all()
+            rescaled += int(unseen.sum())
+    assert rescaled > 20
+
+
 def test_too_many_bad_losses_stop_the_run() -> None:
     engine = make(max_bad_losses=0.25)
     fake = Fake(engine, lambda n, t: math.nan if n % 2 == 0 else 1.0)
@@ -314,6 +330,13 @@ def test_state_comes_back_only_into_the_same_run() -> None:
     assert other.done
     with pytest.raises(CheckpointError, match="`seed` was 5 and is 6"):
         make(seed=6).load_state_dict(state, masks)
+    for changes, told in (
+        ({"policy_options": ("power=3",)}, r"`policy_options` was \[\] and is \['power=3'\]"),
+        ({"beta2": 0.5}, r"`decay` was 0.8 and is 0.5"),
+        ({"score_correction": "debiased"}, r"`correction` was 'paper' and is 'debiased'"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            make(**changes).load_state_dict(state, masks)
     with pytest.raises(CheckpointError, match=r"must have the keys .*more"):
         make().load_state_dict({**state, "more": 1}, masks)
 

@@ -85,6 +85,25 @@ def test_adaselection_by_hand():
     np.testing.assert_allclose(second.weight_B, reward * (weight[0] * big + weight[1] * small), rtol=1e-12)
 
 
+@pytest.mark.parametrize("power", [-40, -9, 9, 40])
+def test_weights_of_any_power_can_be_drawn_by(power: float):
+    weight = np.asarray([0.0, 1e-9, 1.0, 50.0])
+    found = weigh("es", f"power={power}", weight=weight).weight_B
+    assert (found > 0).all()
+    assert np.isfinite((found.sum() ** 1, 1 / found.min())).all()
+    assert np.argmax(found) == (3 if power > 0 else 0)
+
+
+def test_adaselection_outlives_a_first_loss_far_above_the_score_it_began_with():
+    state = weigh("adaselection", loss=np.full(4, 1e-5)).state
+    for iteration in range(1, 4):
+        found = weigh("adaselection", iteration=iteration, state=state)
+        state = found.state
+        assert np.isfinite(found.weight_B).all()
+        assert min(state["weight"]) > 0
+        assert sum(state["weight"]) == pytest.approx(1)
+
+
 def test_adaselection_with_every_method_stays_finite():
     options = ("methods=big-loss+small-loss+uniform+adaboost+coreset-1+coreset-2",)
     state = {}
