@@ -94,7 +94,11 @@ VARIANTS = [
     ("ranks", "layout"),
     [pytest.param(1, [ZERO[1]], id="zero1"), pytest.param(2, [ZERO[1], PIPELINE], id="pp2", marks=slow)],
 )
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant[0].partition("=")[2])
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(each, marks=slow if "micro" in each[0] or "prune" in each[0] else ()) for each in VARIANTS],
+    ids=lambda variant: variant[0].partition("=")[2],
+)
 def test_scorers_and_arms_equal_the_megatron_backend(variant, ranks, layout, blend, reference, tmp_path):
     traces = deepspeed_helper.run(ranks, blend, tmp_path, "backend=deepspeed", *layout, *variant)
     assert_equal_runs(traces, reference(*variant))

@@ -136,8 +136,10 @@ def test_layouts_choose_alike(name: str, layout: str, alone: dict[str, History],
     "name",
     [
         "policy-adaselection",
-        "pruner-infobatch",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pruner-kakurenbo", "guard", "parts")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("pruner-infobatch", "pruner-kakurenbo", "guard", "parts")
+        ),
     ],
 )
 def test_state_survives_a_resume(name: str, alone: dict[str, History], blend: Path, tmp_path: Path) -> None:
