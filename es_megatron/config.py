@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from typing import Any, Literal, TypeVar, cast
 from es_megatron.errors import ConfigError
 
 T = TypeVar("T")
+
+PREFIX_MULTIPLE = 8
+"""What the tokens that the `prefix` scorer reads are a multiple of."""
 
 Arm = Literal["es", "plain", "uniform", "uniform-prune", "shortened", "shuffled"]
 Scorer = Literal["fresh", "history", "every-k", "prefix", "external"]
@@ -127,6 +131,11 @@ class EvolvedSamplingConfig:
     """What the run may cost, as a share of the plain run's forward and backward work (backward = 2 forward), in (0, 1].
     `keep_ratio` is not read: as many sequences are chosen as reach it, and the run is cut to it; `plain` ignores it."""
 
+    scoring_cost: float | None = None
+    """What a scoring pass over a whole sequence costs in forward passes, where training on it costs 3, above 0; as
+    measured, that is 3 * scoring / (forward + backward) seconds. `budget`, `match_cost` and the guard count with
+    it. None: 1."""
+
     guard: Guard = "off"
     """What to fall back to when selection does not pay: `uniform` (no more scoring passes, and as many more sequences
     at random as they cost) or `plain` (whole meta-batches). Judged by the weights of `guard_window` iterations: they
@@ -171,6 +180,7 @@ class EvolvedSamplingConfig:
         require(self.selection_parts >= 1, "selection_parts", ">= 1", self.selection_parts)
         require_choice("guard", self.guard, Guard)
         require(self.guard_window >= 1, "guard_window", ">= 1", self.guard_window)
+        require(self.scoring_cost is None or self.scoring_cost > 0, "scoring_cost", "above 0", self.scoring_cost)
         require(self.budget is None or 0 < self.budget <= 1, "budget", "in (0, 1]", self.budget)
         require(
             self.scoring_micro_batch_size is None or self.scoring_micro_batch_size >= 1,
@@ -219,10 +229,11 @@ class EvolvedSamplingConfig:
             return self.score_correction
         return "paper" if self.scorer in ("fresh", "prefix") else "debiased"
 
-    @property
-    def scoring_price(self) -> float:
-        """Cost of scoring a sequence, in forward passes over a whole one."""
-        return self.prefix_share if self.scorer == "prefix" else 1.0
+    def scored_tokens(self, seq_length: int) -> int:
+        """First tokens of a sequence that its score is about: all, but for the `prefix` scorer."""
+        if self.scorer != "prefix":
+            return seq_length
+        return min(seq_length, math.ceil(self.prefix_share * seq_length / PREFIX_MULTIPLE) * PREFIX_MULTIPLE)
 
     @property
     def learns(self) -> bool:

@@ -88,14 +88,8 @@ def saved_share(plan: Plan, iterations: int, totals: RunTotals) -> float:
     """
     schedule = plan.schedule
     stood_for = schedule.origin.stood_for + float((schedule.passes(iterations) * schedule.manifest.sizes).sum())
-    cost = plan.config.scoring_price * FORWARD_COST * totals.sequences_scored + TRAIN_COST * totals.sequences_trained
+    cost = plan.scoring_price * FORWARD_COST * totals.sequences_scored + TRAIN_COST * totals.sequences_trained
     return 1.0 - cost / (TRAIN_COST * stood_for) if stood_for else 0.0
-
-
-def scoring_price(plan: Plan) -> float:
-    """Cost of a scoring pass over a sequence in forward units, 0 where there is none."""
-    scored = plan.sequences_scored
-    return (plan.cost - TRAIN_COST * plan.sequences_trained) / scored if scored else 0.0
 
 
 def plan_facts(plan: Plan, layout: Layout, seq_length: int) -> dict[str, Any]:
@@ -125,7 +119,8 @@ def plan_facts(plan: Plan, layout: Layout, seq_length: int) -> dict[str, Any]:
         "scoring_iterations": plan.scored_iterations,
         "sequences_scored": plan.sequences_scored,
         "sequences_trained": plan.sequences_trained,
-        "scoring_price": scoring_price(plan),
+        "scored_share": plan.scored_share,
+        "scoring_price": plan.scoring_price,
         "components": [
             {"name": each.name, "samples": each.samples, "share": each.weight / weights, "passes": float(count)}
             for each, count in zip(components, plan.passes, strict=True)

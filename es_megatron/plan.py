@@ -40,7 +40,7 @@ class Plan:
     def break_even_gain(self) -> float:
         """How many times more uniform samples the weights must be worth for the scoring passes to pay (1 + cB / 3b)."""
         evolving = self.evolving_iterations
-        cost = self.config.scoring_price * FORWARD_COST * self.sequences_scored / evolving if evolving else 0.0
+        cost = self.scoring_price * FORWARD_COST * self.sequences_scored / evolving if evolving else 0.0
         return 1.0 + cost / (TRAIN_COST * self.kept)
 
     @property
@@ -71,6 +71,17 @@ class Plan:
         return -(-phases.stop // every) - -(-phases.start // every)
 
     @property
+    def scored_share(self) -> float:
+        """Share of a sequence's tokens that a scoring pass reads."""
+        seq_length = self.schedule.manifest.seq_length
+        return self.config.scored_tokens(seq_length) / seq_length
+
+    @property
+    def scoring_price(self) -> float:
+        """Cost of scoring a sequence, in forward passes over a whole one."""
+        return self.scored_share * (self.config.scoring_cost or 1.0)
+
+    @property
     def sequences_scored(self) -> int:
         """Forward-only sequences of the whole run."""
         return self.scored_iterations * self.meta_batch
@@ -84,7 +95,7 @@ class Plan:
     @property
     def cost(self) -> float:
         """Forward units of the whole run, in sequences."""
-        return self.config.scoring_price * FORWARD_COST * self.sequences_scored + TRAIN_COST * self.sequences_trained
+        return self.scoring_price * FORWARD_COST * self.sequences_scored + TRAIN_COST * self.sequences_trained
 
     @property
     def plain_cost(self) -> float:
@@ -228,7 +239,7 @@ def predict(plan: Plan, layout: Layout) -> Prediction:
     """Time of the plain run and of this one on a layout."""
     whole, training = layout.whole(), layout.training(plan.kept / plan.meta_batch)
     evolving, scored = plan.evolving_iterations, plan.scored_iterations
-    scoring = layout.scoring() * plan.config.scoring_price
+    scoring = layout.scoring() * plan.scored_share
     run = (plan.schedule.iterations - evolving) * whole + evolving * training + scored * scoring
     step = training + (scored / evolving if evolving else 0.0) * scoring
     return Prediction(plan.plain_iterations * whole, run, 1.0 - step / whole if evolving else 0.0)
@@ -247,7 +258,7 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     predicted, limit = predict(plan, layout), predict(plan, nominal(layout))
     scorer, ratio = config.scorer if config.scores else "none", config.pruning_ratio if config.prunes else 0.0
     passes = ", ".join(f"{name} {count:.2f}" for name, count in zip(names, plan.passes, strict=True))
-    forwarded = (config.scoring_price * plan.sequences_scored + plan.sequences_trained) * tokens
+    forwarded = (plan.scored_share * plan.sequences_scored + plan.sequences_trained) * tokens
     plain = plan.plain_iterations * plan.meta_batch * tokens
     rows = {
         "iterations": f"{plan.schedule.iterations} (plain: {plan.plain_iterations}), {plan.evolving_iterations} select",

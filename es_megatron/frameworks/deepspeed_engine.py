@@ -37,7 +37,7 @@ from es_megatron.frameworks.deepspeed_common import (
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
-from es_megatron.frameworks.scoring import join, scored_part, scored_tokens, sequence_losses, traceless
+from es_megatron.frameworks.scoring import join, scored_part, sequence_losses, traceless
 from es_megatron.step import Trained, Work
 
 Batch = dict[str, Tensor]
@@ -130,7 +130,7 @@ class EngineSampling(DeepSpeedSampling):
         found: list[Tensor] = []
         for number, batch in enumerate(self._on_device(batches)):
             losses_BT = self.token_losses(deepspeed, batch)
-            tokens = scored_tokens(self.engine.config, losses_BT.shape[1])
+            tokens = self.engine.config.scored_tokens(losses_BT.shape[1])
             found.append(sequence_losses(losses_BT, batch["loss_mask"], tokens))
             if weights is not None:
                 weight = torch.as_tensor(weights[number * size : (number + 1) * size], dtype=losses_BT.dtype)

@@ -37,7 +37,7 @@ from es_megatron.frameworks.deepspeed_common import (
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import norm_bounds, square_sums
-from es_megatron.frameworks.scoring import join, scored_part, scored_tokens, sequence_losses, traceless
+from es_megatron.frameworks.scoring import join, scored_part, sequence_losses, traceless
 from es_megatron.step import Trained, Work
 
 Batch = dict[str, Tensor]
@@ -141,7 +141,7 @@ class PipeSampling(DeepSpeedSampling):
         def training_loss(outputs: Any, labels: Any) -> Tensor:
             losses_BT, mask_BT = self.token_losses(outputs, labels)
             start = len(found) * size
-            found.append(sequence_losses(losses_BT, mask_BT, scored_tokens(self.engine.config, losses_BT.shape[1])))
+            found.append(sequence_losses(losses_BT, mask_BT, self.engine.config.scored_tokens(losses_BT.shape[1])))
             if weights is not None:
                 weight = torch.as_tensor(weights[start : start + size], dtype=losses_BT.dtype)
                 losses_BT = losses_BT * weight.to(losses_BT.device)[:, None]

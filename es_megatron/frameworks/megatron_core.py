@@ -27,7 +27,7 @@ from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
-from es_megatron.frameworks.scoring import join, scored_tokens, sequence_losses, shortened, traceless
+from es_megatron.frameworks.scoring import join, sequence_losses, shortened, traceless
 from es_megatron.parallel import Replica
 from es_megatron.plan import check_micro_batches
 from es_megatron.step import Trained, Work
@@ -193,7 +193,7 @@ class ScheduleCall:
 
     @property
     def _scored_tokens(self) -> int:
-        return scored_tokens(self._sampling.engine.config, self._call["seq_length"])
+        return self._sampling.engine.config.scored_tokens(self._call["seq_length"])
 
     def _run(self, positions: Int64, size: int, *, tokens: int | None = None, **changes: Any) -> Any:
         """Call upstream's schedule over some positions; keywords pass through but for the ones that change."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -24,16 +23,6 @@ RNG_TRACKERS = {
 """Modules that keep random states of their own, if something has imported them, and what gives their tracker."""
 
 
-PREFIX_MULTIPLE = 8
-
-
-def scored_tokens(config: EvolvedSamplingConfig, seq_length: int) -> int:
-    """First tokens of a sequence that its score is about: all, but for the `prefix` scorer."""
-    if config.scorer != "prefix":
-        return seq_length
-    return min(seq_length, math.ceil(config.prefix_share * seq_length / PREFIX_MULTIPLE) * PREFIX_MULTIPLE)
-
-
 def shortened(batch: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """The first tokens of a micro-batch: of tensors `[b, T]`, and of attention masks `[b, 1, T, T]`."""
     return {
@@ -46,7 +35,7 @@ def scored_part(batches: list[dict[str, Tensor]], config: EvolvedSamplingConfig)
     """What the scoring pass reads of micro-batches: all, but for the `prefix` scorer, which needs their `labels`."""
     if config.scorer != "prefix":
         return batches
-    return [shortened(batch, scored_tokens(config, batch["labels"].shape[1])) for batch in batches]
+    return [shortened(batch, config.scored_tokens(batch["labels"].shape[1])) for batch in batches]
 
 
 def sequence_losses(output: Tensor, mask: Tensor, tokens: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
@@ -156,7 +157,7 @@ class Trainer:
 
     def _summary(self, finished: bool) -> dict[str, Any]:
         plan, seq_length = self.engine.plan, self.settings.model.seq_length
-        whole, calibrated, price = nominal(self.layout), predict(plan, self.layout), plan.config.scoring_price
+        whole, calibrated, price = nominal(self.layout), predict(plan, self.layout), plan.scoring_price
         names = [component.name for component in self.blend.manifest.components]
         return {
             "finished": finished,
@@ -164,7 +165,9 @@ class Trainer:
             "scorer": plan.config.scorer if plan.config.scores else None,
             "policy": plan.config.policy if plan.config.scores else None,
             "pruner": plan.config.pruner if plan.config.prunes else None,
-            "score_price": price,
+            "scored_share": plan.scored_share,
+            "scoring_price": price,
+            "layout": dataclasses.asdict(self.layout),
             "sequences_scored": self.totals.sequences_scored,
             "sequences_trained": self.totals.sequences_trained,
             "iterations": self.engine.iteration,
@@ -173,7 +176,7 @@ class Trainer:
             "meta_batch": plan.meta_batch,
             "kept": plan.kept,
             "passes": dict(zip(names, plan.schedule.passes(self.engine.iteration).tolist(), strict=True)),
-            "tokens_scored": round(price * self.totals.sequences_scored * seq_length),
+            "tokens_scored": round(plan.scored_share * self.totals.sequences_scored * seq_length),
             "tokens_trained": self.totals.sequences_trained * seq_length,
             "chosen": dict(zip(names, self.totals.chosen.tolist(), strict=True)),
             "cost": FORWARD_COST * price * self.totals.sequences_scored + TRAIN_COST * self.totals.sequences_trained,

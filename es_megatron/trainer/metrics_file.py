@@ -65,6 +65,8 @@ class Stretch:
     """Sequences with a non-finite loss."""
     skipped: int
     """Iterations whose optimizer step was skipped."""
+    start: int = 0
+    """Iteration at which the process began or resumed: its machine and number of ranks may be others."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Gathering:
 
     def close(self, iteration: int, stood_for: int, names: Sequence[str], lm_loss: float) -> Stretch:
         """What it came to."""
-        means = {name: total / count if count else None for name, (total, count) in self.losses.items()}
+        means: dict[str, Any] = {name: total / count if count else None for name, (total, count) in self.losses.items()}
         return Stretch(
             iteration=iteration,
             iterations=self.iterations,
@@ -152,7 +154,7 @@ class MetricsFile:
         self._path = path
         self._file: TextIO | None = path.open("a", encoding="utf-8")
         """None once it could not be written: no run ends for its metrics."""
-        self._done = start
+        self._start = self._done = start
         self._open = Gathering(len(self._names))
 
     def add(self, record: StepRecord, iteration: Iteration, elapsed: float) -> None:
@@ -166,7 +168,8 @@ class MetricsFile:
         """End the stretch that is open, if it has iterations."""
         if self._open.iterations:
             stood_for = self._plan.schedule.stood_for(self._done)
-            self._write(dataclasses.asdict(self._open.close(self._done, stood_for, self._names, lm_loss)))
+            closed = self._open.close(self._done, stood_for, self._names, lm_loss)
+            self._write(dataclasses.asdict(dataclasses.replace(closed, start=self._start)))
             self._open, self._first = Gathering(len(self._names)), False
 
     def evaluated(self, iteration: int, losses: Mapping[str, float]) -> None:

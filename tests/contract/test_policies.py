@@ -98,7 +98,7 @@ def test_costs_are_those_that_were_asked_for(alone: dict[str, History]) -> None:
     assert summary["cost"] <= 0.55 * summary["plain_cost"]
     assert summary["cost"] > 0.53 * summary["plain_cost"]
     prefix = alone["prefix"].summary
-    assert prefix["score_price"] == 0.5
+    assert prefix["scoring_price"] == prefix["scored_share"] == 0.5
     assert prefix["cost"] == pytest.approx(0.5 * prefix["sequences_scored"] + 3 * prefix["sequences_trained"])
     assert alone["match-cost"].summary["kept"] > alone["prefix"].summary["kept"]
 

@@ -157,8 +157,17 @@ def test_a_blend_is_made_once_and_evaluates_what_is_clean(tmp_path, monkeypatch)
     assert documents["text-garbage"] == 0 < documents["text-clean"]
     monkeypatch.setattr(blends, "_prepare", lambda *_: pytest.fail("made again"))
     assert blends.make_blend("noisy", recipe, tmp_path / "data", None) == made
-    path.write_text(path.read_text() + "\n")
+    text = path.read_text()
+    path.write_text(text[:-3] + ("x" if text[-3] != "x" else "y") + text[-2:])  # of the same size
     assert digest(identity(recipe, None)) not in str(made.file)
+    ready = Recipe(blend=made.file)
+    before = identity(ready, None)
+    made.file.write_text(made.file.read_text().replace("weight: ", "weight:  "))
+    assert identity(ready, None) != before
+    before = identity(ready, None)
+    tokens = sorted(made.file.parent.glob("*.bin"))[0]
+    tokens.write_bytes(tokens.read_bytes() + b"\0\0")
+    assert identity(ready, None) != before
 
 
 def test_train_only_leaves_out_what_would_be_held_out(tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from es_megatron.tools.compare.plots import draw
-from es_megatron.tools.compare.results import conclude, cost_share
+from es_megatron.tools.compare.results import NOMINAL, Units, conclude, cost_share
 from es_megatron.tools.compare.runs import Outcome, Task
 from es_megatron.tools.compare.spec import read_spec
 from es_megatron.tools.compare.table import document, markdown, render
@@ -16,7 +17,7 @@ from tests.unit.test_compare_spec import PATH, changed
 ARMS = {"plain": {"evolved_sampling.arm": "plain"}, "es": {}, "uniform": {"evolved_sampling.arm": "uniform"}}
 
 
-def summary(loss=4.0, *, scored=0, trained=80, ratio=2.0, domains=(), **more):
+def summary(loss=4.0, *, scored=0, trained=80, ratio=2.0, scoring=1.0, domains=(), **more):
     """A run of 10 plain iterations of B = 8 and 16 tokens."""
     return {
         "finished": True,
@@ -27,7 +28,15 @@ def summary(loss=4.0, *, scored=0, trained=80, ratio=2.0, domains=(), **more):
         "tokens_scored": scored * 16,
         "tokens_trained": trained * 16,
         "chosen": {"a": trained // 4, "b": trained - trained // 4},
-        "backward_over_forward": ratio,
+        "scored_share": 1.0,
+        "passes": {"a": 1.0, "b": 0.5},
+        "layout": {
+            "micro_batches": 4,
+            "scoring_micro_batches": 1,
+            "forward": 0.5,
+            "backward": 0.5 * ratio,
+            "scoring_forward": 2.0 * scoring,
+        },
         "seconds": {"step": 2.0, "train": 1.5},
         "validation": {"iteration": 10, **dict(domains), "mean": loss},
         **more,
@@ -61,9 +70,10 @@ def outcomes_of(losses, **kinds):
 def test_cost_is_scored_plus_trained_in_forward_units():
     one = summary(scored=72, trained=26)
     # nominal: (72 + 26 * 3) / (80 * 3); at backward = 1.5 forward: (72 + 26 * 2.5) / (80 * 2.5)
-    assert cost_share(one, 2.0) == pytest.approx(150 / 240)
-    assert cost_share(one, 1.5) == pytest.approx(137 / 200)
-    assert cost_share({**one, "score_price": 0.125}, 2.0) == pytest.approx(87 / 240)
+    assert cost_share(one, NOMINAL) == pytest.approx(150 / 240)
+    assert cost_share(one, Units(1.5, 1.0)) == pytest.approx(137 / 200)
+    assert cost_share(one, Units(1.5, 0.5)) == pytest.approx(101 / 200)
+    assert cost_share({**one, "scored_share": 0.125}, NOMINAL) == pytest.approx(87 / 240)
 
 
 def test_differences_and_verdicts(spec):
@@ -85,15 +95,34 @@ def test_only_seeds_that_both_have_are_paired(spec):
     outcomes = outcomes_of({"plain": [4.0, 4.1, 4.2], "uniform": [9.0], "es": [4.0, 4.1, 4.2]})
     found = conclude(spec, outcomes)
     assert found.cases[0].arms["es"].against["uniform"].seeds == 1
+    assert found.cases[0].arms["es"].against["uniform"].verdict == "open"
     assert "one seed" in render(found)
     assert "uniform: 1 of 3 seeds so far." in render(found)
 
 
 def test_the_ratio_is_the_median_of_all_runs(spec):
     outcomes = outcomes_of(
-        {"plain": [4.0, 4.0, 4.0], "es": [4.0], "uniform": [4.0]}, es={"ratio": 9.0}, uniform={"ratio": 1.0}
+        {"plain": [4.0, 4.0, 4.0], "es": [4.0], "uniform": [4.0]},
+        es={"ratio": 9.0, "scoring": 0.25},
+        uniform={"ratio": 1.0, "scoring": 1.5},
     )
-    assert conclude(spec, outcomes).ratio == 2.0
+    found = conclude(spec, outcomes)
+    assert found.units == Units(2.0, 1.0)
+    assert found.ranges == ((1.0, 9.0), (0.25, 1.5))
+    assert "backward 2.00 forward (1.00 to 9.00) and scoring 1.00 forward (0.25 to 1.50)" in render(found)
+
+
+def test_a_seed_that_failed_or_broke_leaves_the_verdict_open(spec):
+    losses = {"plain": [4.0, 4.1, 4.2], "uniform": [4.1, 4.2, 4.3], "es": [3.0, 3.1, math.nan]}
+    arms = conclude(spec, outcomes_of(losses)).cases[0].arms
+    assert arms["es"].against["uniform"].verdict == "open"
+    assert arms["es"].lossless is None
+    failed = outcomes_of({**losses, "es": [3.0, 3.1]})
+    failed[Task("clean", "es", 1e-3, 3)] = Outcome({}, "LossError: too many")
+    arms = conclude(spec, failed).cases[0].arms
+    assert arms["es"].against["uniform"].verdict == "open"
+    assert arms["es"].lossless is None
+    assert "open (2 seeds)" in render(conclude(spec, failed))
 
 
 def test_costs_that_are_not_equal_are_flagged_in_the_unit_where_they_are_not(spec):

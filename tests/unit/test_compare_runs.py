@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 from pathlib import Path
 
 import pytest
 
+from es_megatron import config
 from es_megatron.tools.compare.crew import Answer, Crew
 from es_megatron.tools.compare.runs import (
     Blend,
@@ -83,6 +85,18 @@ def test_a_finished_run_with_equal_settings_counts_wherever_it_stands(spec, tmp_
     found = read_outcome(tmp_path, again)
     assert found is not None
     assert found.summary["iterations"] == 3
+
+
+def test_another_default_or_version_makes_another_run(spec, tmp_path, monkeypatch):
+    task = Task("clean", "es", 1e-3, 1)
+    made = settings_of(spec, task, BLEND, tmp_path)
+    before = identity_of(made, BLEND)
+    assert before["settings"]["evolved_sampling"]["policy_options"] == ["power=3"]  # though the spec does not say it
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
+        assert identity_of(made, BLEND) != before
+    monkeypatch.setitem(config.PRESETS["default"], "policy_options", ("power=2",))
+    assert identity_of(made, BLEND) != before
 
 
 def test_other_settings_or_data_or_half_a_run_do_not_count(spec, tmp_path):

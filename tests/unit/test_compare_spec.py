@@ -1,5 +1,6 @@
 """Specs of comparisons: what is read, and what is refused with which words."""
 
+import argparse
 import copy
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from es_megatron.errors import ConfigError
+from es_megatron.tools.compare.command import add_arguments, narrow
 from es_megatron.tools.compare.recipe import Recipe
 from es_megatron.tools.compare.runs import Blend, Task, check_arms, settings_of
 from es_megatron.tools.compare.spec import Case, load_spec, read_spec
@@ -26,6 +28,12 @@ QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 
 def changed(**entries):
     return {**copy.deepcopy(MINIMAL), **entries}
+
+
+def parser_of():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser
 
 
 def test_a_minimal_spec():
@@ -51,6 +59,9 @@ def test_a_minimal_spec():
         ({"learning_rates": [-1]}, "must be above 0"),
         ({"arms": {"es": {"keep_ratio": 0.5}}}, "`keep_ratio` in `spec.yaml: arms.es` must be of the form section.key"),
         ({"arms": {"es": {"training.seed": 5}}, "references": []}, "`training.seed` must be left out of"),
+        ({"arms": {"es": {"training": {"seed": 5}}}, "references": []}, "`training.seed` must be left out of"),
+        ({"arms": {"es": {"training.passes": 8}}, "references": []}, "`training.passes` must be left out of"),
+        ({"arms": {"es": {"model": {"num_layers": 8}}}, "references": []}, "`model` must be left out of"),
         ({"base": {"training": {"lr": 1}}}, "`training.lr` must be left out of `spec.yaml: base`"),
         ({"cases": {"four": {"blend": "claen"}}}, "but is 'claen'. Did you mean `clean`?"),
         ({"blends": {"clean": {"demo": True, "vocabsize": 1}}}, "Unknown key `vocabsize`"),
@@ -106,6 +117,30 @@ def test_an_arm_that_cannot_be_is_named_before_anything_runs(override, words):
     spec = read_spec(changed(arms={"es": override}, references=[]), PATH)
     with pytest.raises(ConfigError, match=words):
         check_arms(spec, {"clean": Blend(Path("b.yaml"), {})})
+
+
+def test_arms_without_validation_are_refused():
+    spec = read_spec(changed(base={"training": {"passes": 4, "eval_samples": 0}}), PATH)
+    with pytest.raises(ConfigError, match=r"arm plain: `training.eval_samples` must be >= 1"):
+        check_arms(spec, {"clean": Blend(Path("b.yaml"), {})})
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seeds", "1", "100"], "`search_seeds` must differ|search_seeds` must differ from `seeds`"),
+        (["--jobs", "-1"], "jobs` must be >= 1"),
+    ],
+)
+def test_the_command_line_is_checked_like_the_file(words, told):
+    arguments = parser_of().parse_args([str(PATH), *words])
+    with pytest.raises(ConfigError, match=told):
+        narrow(read_spec(changed(), PATH), arguments)
+
+
+def test_seeds_of_the_command_line_count_once():
+    arguments = parser_of().parse_args([str(PATH), "--seeds", "3", "3", "4"])
+    assert narrow(read_spec(changed(), PATH), arguments).seeds == (3, 4)
 
 
 @pytest.mark.parametrize("path", sorted(QUALITY.glob("*.yaml")), ids=lambda path: path.stem)

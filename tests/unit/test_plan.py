@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -177,3 +178,20 @@ def test_virtual_stages_need_whole_rounds_of_micro_batches() -> None:
         check_micro_batches(fine, 4, 4, 2)
     with pytest.raises(LayoutError, match=r"meta-batch must be a multiple of 4 .* has 2 instead"):
         check_micro_batches(fine, 16, 4, 2)
+
+
+@pytest.mark.parametrize(("share", "read"), [(1 / 16, 8), (0.1, 8), (0.125, 8), (0.3, 24), (1.0, 64)])
+def test_a_prefix_costs_what_is_read_of_it(share: float, read: int) -> None:
+    blend = dataclasses.replace(MANIFEST, seq_length=64)
+    config = EvolvedSamplingConfig(preset="paper", scorer="prefix", prefix_share=share)
+    found = plan_run(config, blend, B, 2, 2040)
+    assert found.scored_share == read / 64
+    assert found.cost == found.sequences_scored * read / 64 + 3 * found.sequences_trained
+
+
+def test_a_measured_cost_of_scoring_leaves_a_budget_more_to_train_on() -> None:
+    kept = {cost: plan(budget=0.625, anneal=0, scoring_cost=cost).kept for cost in (None, 1.0, 0.5)}
+    assert kept == {None: 10, 1.0: 10, 0.5: 16}  # 60 = 32 * cost + 3 b, rounded up to a multiple of 2
+    assert plan(scoring_cost=0.5).break_even_gain == pytest.approx(1 + 0.5 * 32 / (3 * 8))
+    with pytest.raises(ConfigError, match="`scoring_cost` must be above 0"):
+        plan(scoring_cost=0.0)

@@ -116,6 +116,43 @@ def test_a_resumed_run_drops_what_it_runs_again(tmp_path: Path) -> None:
         assert sum(getattr(s, name) for s in resumed.stretches) == sum(getattr(s, name) for s in whole.stretches)
 
 
+def test_a_gap_in_the_metrics_changes_no_saving_but_is_told(tmp_path: Path) -> None:
+    plan = plan_of()
+    write_run(tmp_path, plan, plan.schedule.iterations)
+    whole = analyse(read_metrics(tmp_path))
+    lines = (tmp_path / NAME).read_text().splitlines(keepends=True)
+    gone = [n for n, line in enumerate(lines) if '"iteration": 25,' in line or '"iteration": 30,' in line]
+    (tmp_path / NAME).write_text("".join(line for n, line in enumerate(lines) if n not in gone))
+    found = analyse(read_metrics(tmp_path))
+    assert found.saving.work[-1] == pytest.approx(whole.saving.work[-1], abs=0.03)
+    assert found.saving.measured == pytest.approx(whole.saving.measured, abs=0.03)
+    assert any("Lines of the metrics are missing" in note for note in found.notes)
+    assert not any("Lines of the metrics" in note or "resumed" in note for note in whole.notes)
+
+
+def test_a_resumed_run_says_that_its_times_may_be_of_two_machines(tmp_path: Path) -> None:
+    plan = plan_of()
+    write_run(tmp_path, plan, 20)
+    write_run(tmp_path, plan, 33, start=20)
+    assert any("resumed at iteration 20" in note for note in analyse(read_metrics(tmp_path)).notes)
+
+
+def test_a_prefix_counts_as_the_tokens_that_it_reads(tmp_path: Path, capsys: Any) -> None:
+    plan = plan_of(scorer="prefix", prefix_share=0.5)
+    count = plan.schedule.iterations
+    write_run(tmp_path, plan, count)
+    page = report(tmp_path, capsys)
+    read = 16 * (0.5 * plan.sequences_scored + plan.sequences_trained)
+    assert f"{read / 1e6:,.2f} M forwarded" in page
+
+
+def test_an_extended_run_is_not_finished_by_an_old_summary(tmp_path: Path, capsys: Any) -> None:
+    plan = plan_of()
+    write_run(tmp_path, plan, 20)
+    (tmp_path / "summary.json").write_text('{"finished": true}')
+    assert "(not finished)" in report(tmp_path, capsys)
+
+
 def test_unreadable_lines_do_not_keep_a_run_from_resuming(tmp_path: Path, caplog: Any) -> None:
     plan = plan_of()
     write_run(tmp_path, plan, 20)

@@ -12,7 +12,7 @@ from typing import Any
 
 from es_megatron.errors import ConfigError
 from es_megatron.tools.compare.comparison import Comparison
-from es_megatron.tools.compare.spec import Spec, load_spec, nearest
+from es_megatron.tools.compare.spec import Spec, check, load_spec, nearest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def narrow(spec: Spec, arguments: argparse.Namespace) -> Spec:
     """A spec with what the command line says instead.
 
     Raises:
-        ConfigError: it names an arm or a case that the spec does not have.
+        ConfigError: it names an arm or a case that the spec does not have, or what it says does not go together.
     """
     changes: dict[str, Any] = {}
     if arguments.arms:
@@ -59,10 +59,12 @@ def narrow(spec: Spec, arguments: argparse.Namespace) -> Spec:
     if arguments.cases:
         changes["cases"] = _pick(spec.cases, arguments.cases, "--cases")
     if arguments.seeds:
-        changes["seeds"] = tuple(arguments.seeds)
-    if arguments.jobs:
+        changes["seeds"] = tuple(dict.fromkeys(arguments.seeds))
+    if arguments.jobs is not None:
         changes["jobs"] = arguments.jobs
-    return dataclasses.replace(spec, **changes)
+    narrowed = dataclasses.replace(spec, **changes)
+    check(narrowed)
+    return narrowed
 
 
 def _pick(known: Any, names: list[str], option: str) -> dict[str, Any]:

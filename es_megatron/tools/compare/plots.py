@@ -45,7 +45,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def _losses(pyplot: Any, results: Results, case: CaseResult, arms: list[ArmResult], file: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    title = f"cost, share of plain (backward = {results.ratio:.2f} forward)"
+    title = f"cost, share of plain (backward = {results.units.backward:.2f} forward)"
     axes: list[tuple[Any, str, Callable[[ArmResult], float]]] = [
         (left, title, lambda arm: arm.cost),
         (right, "tokens trained, millions", lambda arm: MEGA * arm.trained),

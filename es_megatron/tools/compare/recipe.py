@@ -136,19 +136,30 @@ class Recipe:
 
 
 def identity(recipe: Recipe, wikitext: Path | None) -> dict[str, Any]:
-    """What tells one blend from another, JSON-able: the recipe and the names and sizes of the files it reads."""
+    """What tells one blend from another, JSON-able: the recipe and the content of the files it reads.
+
+    The tokens of a blend that is there already are told by their size and time: they may be too many to read.
+    """
     told: dict[str, Any] = json.loads(json.dumps(asdict(recipe), default=str))
     files: list[Path] = []
     if recipe.blend is not None:
-        files = [recipe.blend, *sorted(recipe.blend.parent.glob("*.idx"))]
+        files = [recipe.blend, *sorted(recipe.blend.parent.glob("*.idx")), *sorted(recipe.blend.parent.glob("*.bin"))]
     elif recipe.wikitext:
         files = [wikitext_file(wikitext)]
     for argument in recipe.components:
         files.extend(find_corpus(*_one(argument)).files)
-    told["files"] = [[path.name, path.stat().st_size] for path in files if path.is_file()]
+    told["files"] = [[path.name, content_of(path)] for path in files if path.is_file()]
     if recipe.demo:
         told["python"] = platform.python_version()  # one of its components is the standard library
     return told
+
+
+def content_of(path: Path) -> str:
+    """What tells a file's content: its hash, or of a `.bin` file its size and time."""
+    if path.suffix == ".bin":
+        return f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(identity: dict[str, Any]) -> str:

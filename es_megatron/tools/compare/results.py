@@ -1,7 +1,7 @@
 """What a comparison has found so far: losses, costs and paired differences of every arm, from the runs' summaries.
 
-Costs are in forward units: scoring a sequence costs `score_price`, training on it 1 + backward / forward. That ratio is
-measured by every run; its median over all of them is the one all arms are charged with.
+Costs are in forward units: training on a sequence costs 1 + backward / forward, scoring it costs scoring / forward, in
+proportion to the tokens that are read. Every run measures these ratios; all arms are charged with their medians.
 """
 
 from __future__ import annotations
@@ -11,14 +11,23 @@ import math
 import statistics as middles
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from es_megatron.tools.compare.runs import Outcomes, Task, best_rate, searched
 from es_megatron.tools.compare.spec import Spec
 from es_megatron.tools.compare.statistics import Difference, paired, spread
 
-NOMINAL = 2.0
-"""Backward in forward units, as papers count it."""
+
+class Units(NamedTuple):
+    """What passes over a sequence cost, in forward passes of training."""
+
+    backward: float
+    scoring: float
+    """A scoring forward pass: its micro-batch may be another one, and it keeps no activations."""
+
+
+NOMINAL = Units(backward=2.0, scoring=1.0)
+"""As papers count."""
 
 LOSSLESS = 0.005
 """Nats per token that count as no loss."""
@@ -42,6 +51,8 @@ class ArmResult:
     """Mean validation loss over the domains by seed, nats per token."""
     domains: Mapping[str, Mapping[int, float]]
     """The same for each domain."""
+    passes: float
+    """Passes over the components that the runs stand for, mean over components and seeds."""
     cost: float
     """Of the plain run with calibrated units, mean over seeds, as a share."""
     nominal_cost: float
@@ -75,9 +86,9 @@ class ArmResult:
 
     @property
     def lossless(self) -> bool | None:
-        """Whether the upper 95% bound against `plain` is at most 0.005 nats; None if there is no such bound."""
-        bound = self.against["plain"].high if "plain" in self.against else math.inf
-        return bound <= LOSSLESS if math.isfinite(bound) else None
+        """Whether the upper 95% bound against `plain` is at most 0.005 nats; None while that is open."""
+        against = self.against.get("plain")
+        return None if against is None or against.verdict == "open" else against.high <= LOSSLESS
 
 
 @dataclass(frozen=True)
@@ -93,8 +104,10 @@ class Results:
     """All cases."""
 
     spec: Spec
-    ratio: float
-    """Backward over forward: median of what the runs measured."""
+    units: Units
+    """Medians of what the runs measured."""
+    ranges: tuple[tuple[float, float], tuple[float, float]]
+    """Least and most of each of them."""
     cases: Sequence[CaseResult]
     finished: int
     """Runs that have ended, failed ones among them."""
@@ -102,37 +115,42 @@ class Results:
 
 def conclude(spec: Spec, outcomes: Outcomes) -> Results:
     """Put together what the finished runs say."""
-    summaries = [outcome.summary for outcome in outcomes.values() if outcome.summary]
-    measured = [float(summary["backward_over_forward"]) for summary in summaries]
-    ratio = middles.median(measured) if measured else NOMINAL
-    cases = [_case(spec, outcomes, case, ratio) for case in spec.cases]
-    return Results(spec, ratio, cases, len(outcomes))
+    measured = [units_of(outcome.summary["layout"]) for outcome in outcomes.values() if outcome.summary]
+    backward, scoring = zip(*(measured or [NOMINAL]), strict=True)
+    units = Units(middles.median(backward), middles.median(scoring))
+    ranges = (min(backward), max(backward)), (min(scoring), max(scoring))
+    return Results(spec, units, ranges, [_case(spec, outcomes, case, units) for case in spec.cases], len(outcomes))
 
 
-def cost_share(summary: Mapping[str, Any], ratio: float) -> float:
-    """Cost of a run as a share of the plain run it stands for.
-
-    Args:
-        summary: of the trainer.
-        ratio: backward over forward.
-    """
-    scored = float(summary["sequences_scored"]) * float(summary.get("score_price", 1.0))
-    total = scored + float(summary["sequences_trained"]) * (1.0 + ratio)
-    return total / (float(summary["plain_iterations"]) * float(summary["meta_batch"]) * (1.0 + ratio))
+def units_of(layout: Mapping[str, Any]) -> Units:
+    """What a run measured before its first iteration, from its summary's `layout`; nominal where it did not."""
+    forward = float(layout["forward"]) * float(layout["micro_batches"])
+    if forward <= 0:
+        return NOMINAL
+    scoring = float(layout["scoring_forward"]) * float(layout["scoring_micro_batches"])
+    return Units(float(layout["backward"]) / float(layout["forward"]), scoring / forward)
 
 
-def _case(spec: Spec, outcomes: Outcomes, case: str, ratio: float) -> CaseResult:
-    arms = {arm: _arm(spec, outcomes, case, arm, ratio) for arm in spec.arms}
+def cost_share(summary: Mapping[str, Any], units: Units) -> float:
+    """Cost of a run as a share of the plain run it stands for, given the trainer's summary."""
+    trained = 1.0 + units.backward
+    total = float(summary["sequences_scored"]) * float(summary["scored_share"]) * units.scoring
+    total += float(summary["sequences_trained"]) * trained
+    return total / (float(summary["plain_iterations"]) * float(summary["meta_batch"]) * trained)
+
+
+def _case(spec: Spec, outcomes: Outcomes, case: str, units: Units) -> CaseResult:
+    arms = {arm: _arm(spec, outcomes, case, arm, units) for arm in spec.arms}
     for name, result in arms.items():
         off = _off(arms[spec.equal_cost[0]], result) if name in spec.equal_cost else {}
         others = [reference for reference in spec.references if reference != name]
         arms[name] = dataclasses.replace(
             result,
             off=off,
-            against={other: _difference(result.losses, arms[other].losses) for other in others},
+            against={other: _difference(spec, result.losses, arms[other].losses) for other in others},
             domains_against={
                 other: {
-                    domain: _difference(losses, arms[other].domains.get(domain, {}))
+                    domain: _difference(spec, losses, arms[other].domains.get(domain, {}))
                     for domain, losses in result.domains.items()
                 }
                 for other in others
@@ -141,7 +159,7 @@ def _case(spec: Spec, outcomes: Outcomes, case: str, ratio: float) -> CaseResult
     return CaseResult(case, arms)
 
 
-def _arm(spec: Spec, outcomes: Outcomes, case: str, arm: str, ratio: float) -> ArmResult:
+def _arm(spec: Spec, outcomes: Outcomes, case: str, arm: str, units: Units) -> ArmResult:
     """What an arm's own runs say."""
     rate = best_rate(spec, outcomes, case, arm)
     tasks = [Task(case, arm, rate, seed) for seed in spec.seeds] if rate is not None else []
@@ -157,7 +175,8 @@ def _arm(spec: Spec, outcomes: Outcomes, case: str, arm: str, ratio: float) -> A
         search=_search(spec, outcomes, case, arm),
         losses=losses,
         domains={name: {seed: float(one["validation"][name]) for seed, one in done.items()} for name in domains},
-        cost=_mean([cost_share(summary, ratio) for summary in done.values()]),
+        passes=_mean([middles.fmean(summary["passes"].values()) for summary in done.values()]),
+        cost=_mean([cost_share(summary, units) for summary in done.values()]),
         nominal_cost=_mean([cost_share(summary, NOMINAL) for summary in done.values()]),
         off={},
         seconds=_mean([float(summary["seconds"]["step"]) for summary in done.values()]),
@@ -193,9 +212,10 @@ def _off(yardstick: ArmResult, result: ArmResult) -> dict[str, float]:
     return {unit: share for unit, share in shares.items() if abs(share) > TOLERANCE}
 
 
-def _difference(arm: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
+def _difference(spec: Spec, arm: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
     both = [seed for seed in arm if seed in reference]
-    return paired([arm[seed] for seed in both], [reference[seed] for seed in both])
+    found = paired([arm[seed] for seed in both], [reference[seed] for seed in both])
+    return found._replace(complete=len(both) == len(spec.seeds))
 
 
 def _chosen(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:

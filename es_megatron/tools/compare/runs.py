@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib.metadata
 import json
 import math
 import shutil
@@ -100,10 +102,14 @@ def apply(sections: dict[str, Any], overrides: Overrides) -> None:
 
 
 def identity_of(settings: Mapping[str, Any], blend: Blend) -> dict[str, Any]:
-    """What must be equal for a finished run to count: its settings and its data, not where they stand."""
-    told = {name: entry for name, entry in settings.items() if name != "run"}
-    told["data"] = {key: value for key, value in told["data"].items() if key != "blend"}
-    return json.loads(json.dumps({"settings": told, "blend": blend.identity}))
+    """What must be equal for a finished run to count: its settings with all defaults, its data, and the versions.
+
+    Not where anything stands.
+    """
+    told = dataclasses.asdict(build(PretrainSettings, dict(settings), "settings"))
+    del told["run"], told["data"]["blend"]
+    versions = {name: importlib.metadata.version(name) for name in ("es_megatron", "torch", "megatron-core")}
+    return json.loads(json.dumps({"settings": told, "blend": blend.identity, "versions": versions}, default=str))
 
 
 def check_arms(spec: Spec, blends: Mapping[str, Blend]) -> None:
@@ -112,7 +118,12 @@ def check_arms(spec: Spec, blends: Mapping[str, Blend]) -> None:
         for arm in spec.arms:
             task = Task(case, arm, spec.learning_rates[0], spec.seeds[0])
             try:
-                settings_of(spec, task, blends[case], Path())
+                made = build(PretrainSettings, settings_of(spec, task, blends[case], Path()), f"arm {arm}")
+                if made.training.eval_samples < 1:
+                    raise ConfigError(
+                        "`training.eval_samples` must be >= 1, but is 0 instead: arms are compared by their validation "
+                        "losses. Leave it out."
+                    )
             except ConfigError as error:
                 raise (
                     error if f"arm {arm}" in str(error) else ConfigError(f"{spec.path}: arm {arm}: {error}")

@@ -42,6 +42,9 @@ OWN = (
 )
 """Settings that a comparison makes itself, for every arm alike."""
 
+SHARED = ("model", "data", "training.passes", "training.train_samples", "training.global_batch_size")
+"""Settings that decide what the plain run costs, so that no arm may have its own."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -126,7 +129,7 @@ def read_spec(content: Any, path: Path) -> Spec:
     content = mapping(content, str(path))
     check_keys(content, KEYS, str(path))
     blends = {name: _recipe(entry, f"{path}: blends.{name}") for name, entry in _part(content, "blends", path).items()}
-    arms = {name: _overrides(entry, f"{path}: arms.{name}") for name, entry in _part(content, "arms", path).items()}
+    arms = {name: _arm(entry, f"{path}: arms.{name}") for name, entry in _part(content, "arms", path).items()}
     cases = {name: Case(name, {}) for name in blends}
     if "cases" in content:
         entries = mapping(content["cases"], f"{path}: cases")
@@ -145,11 +148,12 @@ def read_spec(content: Any, path: Path) -> Spec:
         final_rate=_numbers([content.get("final_rate", 0.0)], f"{path}: final_rate")[0],
         jobs=_integers([content.get("jobs", 1)], f"{path}: jobs")[0],
     )
-    _check(spec)
+    check(spec)
     return spec
 
 
-def _check(spec: Spec) -> None:
+def check(spec: Spec) -> None:
+    """Check what goes together; raises `ConfigError`."""
     where = spec.path
     for name in ("blends", "cases", "arms", "seeds", "learning_rates"):
         require(len(getattr(spec, name)) > 0, f"{where}: {name}", "given with at least one entry", getattr(spec, name))
@@ -215,8 +219,26 @@ def _overrides(entry: Any, where: str) -> Overrides:
     for key in content:
         if "." not in key and not isinstance(content[key], dict):
             raise ConfigError(f"`{key}` in `{where}` must be of the form section.key, such as evolved_sampling.arm.")
-        _refuse_own(key, where)
+        for each in _keys(content, key):
+            _refuse_own(each, where)
     return content
+
+
+def _arm(entry: Any, where: str) -> Overrides:
+    content = _overrides(entry, where)
+    for key in (each for own in content for each in _keys(content, own)):
+        if any(key == shared or key.startswith(f"{shared}.") for shared in SHARED):
+            raise ConfigError(
+                f"`{key}` must be left out of `{where}`: costs are shares of one plain run, so arms share it. "
+                "Put it into `base`, or into the `overrides` of a case."
+            )
+    return content
+
+
+def _keys(content: Mapping[str, Any], key: str) -> list[str]:
+    """A key of overrides, and those inside of it where its value is a section."""
+    inner = content[key]
+    return [key, *(f"{key}.{name}" for name in cast(dict[Any, Any], inner))] if isinstance(inner, dict) else [key]
 
 
 def _base(content: dict[str, Any], where: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ QUANTILES = (
 """97.5% quantiles of Student's t for 1 .. 30 degrees of freedom."""
 
 NORMAL = 1.959964
+FEWEST = 3
+"""Paired seeds below which nothing is said."""
 
 
 class Difference(NamedTuple):
@@ -25,15 +27,20 @@ class Difference(NamedTuple):
 
     mean: float
     low: float
-    """Lower end of the 95% interval; -inf with one seed."""
+    """Lower end of the 95% interval; -inf with one seed, and where a loss is not finite."""
     high: float
     """Upper end."""
     seeds: int
+    complete: bool = True
+    """Whether these are all seeds there are to be: none has failed, none is still to come."""
 
     @property
     def verdict(self) -> Verdict:
-        """`wins` or `loses` where the interval leaves 0 out, else `ties`; `open` below two seeds."""
-        if self.seeds < 2:
+        """`wins` or `loses` where the interval leaves 0 out, else `ties`.
+
+        `open` below three seeds, where some are missing (they may be the hard ones), and where a loss is not finite.
+        """
+        if self.seeds < FEWEST or not self.complete or not (math.isfinite(self.low) and math.isfinite(self.high)):
             return "open"
         if self.high < 0:
             return "wins"
@@ -60,6 +67,8 @@ def paired(arm: Sequence[float], reference: Sequence[float]) -> Difference:
     difference = np.asarray(arm, np.float64) - np.asarray(reference, np.float64)
     mean, count = float(difference.mean()) if len(difference) else math.nan, len(difference)
     if count < 2:
+        return Difference(mean, -math.inf, math.inf, count)
+    if not np.isfinite(difference).all():
         return Difference(mean, -math.inf, math.inf, count)
     half = quantile(count - 1) * float(difference.std(ddof=1)) / math.sqrt(count)
     return Difference(mean, mean - half, mean + half, count)

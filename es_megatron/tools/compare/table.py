@@ -45,20 +45,28 @@ def sections(results: Results) -> list[Section]:
 
 def _losses(results: Results, case: CaseResult) -> Section:
     spec = results.spec
-    head = ["arm", "lr", "cost", "nominal", "seconds", "M trained", "loss", "over seeds"]
+    head = ["arm", "lr", "cost", "nominal", "seconds", "passes", "M trained", "loss", "over seeds"]
     head += [f"against {name}" for name in spec.references]
     lossless = "plain" in spec.references
     rows = [[*head, *(["bound to plain"] if lossless else [])]]
     for arm in case.arms.values():
         rate = "-" if arm.rate is None else f"{arm.rate:g}" + ("*" if arm.edge else "")
         cells = [arm.arm, rate, _share(arm.cost) + ("!" if arm.off else ""), _share(arm.nominal_cost)]
-        cells += [_number(arm.seconds, ".1f"), _number(MEGA * arm.trained, ".2f")]
+        cells += [_number(arm.seconds, ".1f"), _number(arm.passes, ".2f"), _number(MEGA * arm.trained, ".2f")]
         cells += [_number(arm.loss, ".4f"), "± " + _number(arm.spread, ".4f")]
         cells += [_difference(arm.against[name]) if name in arm.against else "" for name in spec.references]
         rows.append([*cells, *([_bound(arm)] if lossless else [])])
     seeds = f"{len(spec.seeds)} paired seeds"
-    title = f"{spec.path.stem}, {case.case}: {seeds}, backward = {results.ratio:.2f} forward (measured), "
-    return Section(f"{title}cost as a share of the plain run", rows, _notes(results, case))
+    title = f"{spec.path.stem}, {case.case}: {seeds}, cost as a share of the plain run, {_units(results)}"
+    return Section(title, rows, _notes(results, case))
+
+
+def _units(results: Results) -> str:
+    """What the calibrated costs rest on."""
+    (least, most), (least_scoring, most_scoring) = results.ranges
+    backward = f"backward {results.units.backward:.2f} forward ({least:.2f} to {most:.2f})"
+    scoring = f"scoring {results.units.scoring:.2f} forward ({least_scoring:.2f} to {most_scoring:.2f})"
+    return f"with medians of {backward} and {scoring} over all runs"
 
 
 def _notes(results: Results, case: CaseResult) -> list[str]:
@@ -102,7 +110,8 @@ def _difference(difference: Difference) -> str:
         return "-"
     if difference.seeds == 1:
         return f"{difference.mean:+.4f} (one seed)"
-    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] {difference.verdict}"
+    open_ = f" ({difference.seeds} seeds)" if difference.verdict == "open" else ""
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] {difference.verdict}{open_}"
 
 
 def _bound(arm: ArmResult) -> str:
@@ -145,7 +154,7 @@ def document(results: Results) -> dict[str, Any]:
             "seeds": spec.seeds,
             "search_seeds": spec.search_seeds,
             "learning_rates": spec.learning_rates,
-            "backward_over_forward": results.ratio,
+            "units": results.units._asdict(),
             "runs": spec.runs,
             "finished": results.finished,
             "cases": {case.case: {name: _arm(arm) for name, arm in case.arms.items()} for case in results.cases},

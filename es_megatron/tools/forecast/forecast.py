@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 from es_megatron.data.mask import mask_bytes
-from es_megatron.metrics import scoring_price
 from es_megatron.plan import Layout, Plan, Prediction, check_micro_batches, nearest, plan_run, predict
 from es_megatron.tools.forecast.request import Request
 
@@ -195,7 +194,7 @@ def footprint_of(plan: Plan, request: Request) -> Footprint:
 def break_even_of(plan: Plan, layout: Layout, prediction: Prediction, quantum: int) -> BreakEven:
     """Where scoring costs what it saves."""
     selecting = plan.evolving_iterations
-    price = scoring_price(plan) * plan.scored_iterations / selecting if selecting else 0.0
+    price = plan.scoring_price * plan.scored_iterations / selecting if selecting else 0.0
     training_price = 1.0 + layout.backward / layout.forward
     whole = plan.schedule.iterations - selecting
     training = whole * layout.whole() + selecting * layout.training(plan.kept / plan.meta_batch)

@@ -94,6 +94,13 @@ def analyse(metrics: Metrics) -> Analysis:
     if first is None:
         notes.append("No iteration is finished yet.")
     saving = saving_of(metrics, notes)
+    resumed = sorted({stretch.start for stretch in metrics.stretches} - {0})
+    if resumed:
+        notes.append(
+            f"The run was resumed at iteration {', '.join(map(str, resumed))}. Times are those of all its processes: "
+            "if the machine or the number of ranks changed in between, the measured saving mixes them. The work "
+            "counted is exact."
+        )
     notes += unsteady(metrics.stretches)
     points = thin(stretches, MOST_POINTS)
     return Analysis(metrics.plan, points, shown, metrics.validation, saving, tuple(notes))
@@ -104,7 +111,7 @@ def saving_of(metrics: Metrics, notes: list[str]) -> Saving:
     plan, stretches = metrics.plan, metrics.stretches
     try:
         layout = Layout(**plan["layout"])
-        price = float(plan["scoring_price"])
+        price = float(plan["scored_share"])
     except (TypeError, KeyError) as error:
         raise DataError(
             f"The plan of the run is not of a known form ({error}). Use the version of es_megatron that wrote it."
@@ -117,9 +124,11 @@ def saving_of(metrics: Metrics, notes: list[str]) -> Saving:
             "No iteration has trained on its whole meta-batch so far, so the time of a plain one is that of the "
             "calibration before the first iteration."
         )
-    counted = stretches if stretches and stretches[0].iteration == stretches[0].iterations else stretches[1:]
-    before = 0 if counted is stretches else stretches[0].stood_for if stretches else 0
-    stood_for = np.asarray([stretch.stood_for - before for stretch in counted], np.float64)
+    counted, stood = connected(stretches)
+    stood_for = np.cumsum(stood).astype(np.float64)
+    late = bool(stretches) and stretches[0].iteration > stretches[0].iterations
+    if len(counted) < len(stretches) - late:
+        notes.append("Lines of the metrics are missing; what follows a gap is left out of the saving.")
     elapsed = np.cumsum([stretch.elapsed for stretch in counted])
     work = np.cumsum([FORWARD_COST * price * s.scored + TRAIN_COST * s.trained for s in counted])
     return Saving(
@@ -134,6 +143,19 @@ def saving_of(metrics: Metrics, notes: list[str]) -> Saving:
         time=1.0 - elapsed * int(plan["meta_batch"]) / (plain * stood_for),
         work=1.0 - work / (TRAIN_COST * stood_for),
     )
+
+
+def connected(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[int]]:
+    """The stretches that begin where the one before ends, and the draws of the plain run that each stands for."""
+    counted: list[Stretch] = []
+    stood: list[int] = []
+    done, upto = 0, 0
+    for stretch in stretches:
+        if stretch.iteration - stretch.iterations == done:
+            counted.append(stretch)
+            stood.append(stretch.stood_for - upto)
+        done, upto = stretch.iteration, stretch.stood_for
+    return counted, stood
 
 
 def unsteady(stretches: Sequence[Stretch]) -> list[str]:

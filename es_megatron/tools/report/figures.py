@@ -174,7 +174,11 @@ def throughput(analysis: Analysis) -> Picture:
     if stretches[0].iteration == stretches[0].iterations:
         stood_for[0] = stretches[0].stood_for
     for values, label, colour in (
-        ([s.scored + s.trained for s in stretches], "forwarded (scored or trained)", COLOURS[0]),
+        (
+            [analysis.plan["scored_share"] * s.scored + s.trained for s in stretches],
+            "forwarded (scored or trained)",
+            COLOURS[0],
+        ),
         ([s.trained for s in stretches], "trained", COLOURS[3]),
         (stood_for, "of the plain run that this stands for", COLOURS[2]),
     ):

@@ -76,14 +76,18 @@ def facts_of(analysis: Analysis, summary: Mapping[str, Any] | None) -> list[tupl
 def _facts(analysis: Analysis, summary: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     plan, saving = analysis.plan, analysis.saving
     planned, length = int(plan["iterations"]), int(plan["seq_length"])
-    going = "finished" if summary is not None and summary.get("finished") else "not finished"
+    ended = summary is not None and summary.get("finished") and analysis.iteration == planned
+    going = "finished" if ended else "not finished"
     yield "iterations", f"{analysis.iteration} of {planned} ({going}); the plain run has {plan['plain_iterations']}"
     chooses = f"scorer {plan['scorer']}, policy {plan['policy']}" if plan["scorer"] else "no scores"
     yield "method", f"arm {plan['arm']}, {chooses}, pruning ratio {plan['pruning_ratio']:g}, anneal {plan['anneal']:g}"
     yield "batch", f"b = {plan['kept']} of B = {plan['meta_batch']} sequences of {length} tokens"
     yield "components", ", ".join(f"{c['name']} ({c['samples']} samples, {c['share']:.1%})" for c in plan["components"])
     scored, trained = analysis.total("scored"), analysis.total("trained")
-    forwarded, whole = (scored + trained) * length, plan["plain_iterations"] * plan["meta_batch"] * length
+    forwarded, whole = (
+        (plan["scored_share"] * scored + trained) * length,
+        plan["plain_iterations"] * plan["meta_batch"] * length,
+    )
     told = f"{_millions(forwarded)} forwarded, {_millions(trained * length)} trained"
     yield "tokens so far", f"{told} (the whole plain run: {_millions(whole)})"
     yield "time so far", f"{_duration(analysis.total('elapsed'))} in iterations, without evaluations and saves"
