@@ -120,7 +120,6 @@ def plan_facts(plan: Plan, layout: Layout, seq_length: int) -> dict[str, Any]:
         "sequences_scored": plan.sequences_scored,
         "sequences_trained": plan.sequences_trained,
         "scored_share": plan.scored_share,
-        "scoring_price": plan.scoring_price,
         "components": [
             {"name": each.name, "samples": each.samples, "share": each.weight / weights, "passes": float(count)}
             for each, count in zip(components, plan.passes, strict=True)

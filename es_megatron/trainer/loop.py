@@ -184,7 +184,6 @@ class Trainer:
             "seconds": self.totals.seconds,
             "nominal_saving": predict(plan, whole).saving,
             "calibrated_saving": calibrated.saving,
-            "backward_over_forward": self.layout.backward / self.layout.forward,
             "non_finite_losses": self.totals.bad,
             "skipped_iterations": self.totals.skipped,
             "validation": self.evaluations[-1] if self.evaluations else None,
