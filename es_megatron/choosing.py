@@ -75,12 +75,11 @@ class Chooser:
             raise ConfigError(
                 f"`{name}` must be off with policy `{config.policy}`, which ranks and does not draw. Switch it off."
             )
-        leaves_out = getattr(self.policy, "leave_out", 0.0) > 0
-        if leaves_out and (config.weight_floor > 0 or config.granularity == "microbatch"):
+        if self.policy.excludes and (config.weight_floor > 0 or config.granularity == "microbatch"):
             name = "weight_floor" if config.weight_floor > 0 else "granularity: microbatch"
             raise ConfigError(
-                f"`{name}` must be off where option `leave_out` of policy `{config.policy}` is above 0: it would "
-                "choose what is left out. Switch one of them off."
+                f"`{name}` must be off with policy `{config.policy}` and options {list(config.policy_options)}, which "
+                "mean some sequences never to be chosen: it would choose them. Switch one of the two off."
             )
         self.state: dict[str, Any] = {"policy": {}, "guard": {"iterations": 0, "gain": 0.0, "fell": False}}
         """JSON-able; of the last finished iteration."""

@@ -7,8 +7,9 @@ Shapes: B sequences of a meta-batch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,25 +47,30 @@ class Weighed(NamedTuple):
     state: State
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """A batch-level policy; instances are made of options, and never change."""
 
-    draws: bool
+    draws = True
     """Whether weights enter a race, or the largest win."""
-    needs_norm: bool
+    needs_norm = False
     """Whether the scoring pass has to tell the bound of gradient norms."""
 
+    @property
+    def excludes(self) -> bool:
+        """Whether it means some sequences never to be chosen: a weight floor or whole micro-batches would."""
+        return False
+
+    @abstractmethod
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """Weigh the sequences of a meta-batch; empty state at the first call."""
-        ...
 
 
-POLICIES: Registry[Policy] = Registry("policy", "es_megatron.policies")
+POLICIES: Registry[Policy] = Registry(Policy, "policy", "es_megatron.policies")
 
 
 @POLICIES.register("es")
 @dataclass(frozen=True)
-class EvolvedSamplingPolicy:
+class EvolvedSamplingPolicy(Policy):
     """Evolved Sampling (arXiv 2509.23461): draw by w; with `power` 1 and `leave_out` 0 as published."""
 
     power: float = 1.0
@@ -72,13 +78,15 @@ class EvolvedSamplingPolicy:
     leave_out: float = 0.0
     """Share of the meta-batch, that with the highest weights, that is never chosen: damage, mostly. In [0, 1)."""
 
-    draws = True
-    needs_norm = False
-
     def __post_init__(self) -> None:
         """Check the options."""
         if not 0 <= self.leave_out < 1:
             raise ConfigError(f"Option `leave_out` of policy `es` must be in [0, 1), but is {self.leave_out} instead.")
+
+    @property
+    def excludes(self) -> bool:
+        """See `Policy.excludes`."""
+        return self.leave_out > 0
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
@@ -93,11 +101,8 @@ class EvolvedSamplingPolicy:
 
 @POLICIES.register("uniform")
 @dataclass(frozen=True)
-class UniformPolicy:
+class UniformPolicy(Policy):
     """Draw uniformly: for runs where only the pruner looks at scores."""
-
-    draws = True
-    needs_norm = False
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
@@ -106,11 +111,8 @@ class UniformPolicy:
 
 @POLICIES.register("loss")
 @dataclass(frozen=True)
-class LossPolicy:
+class LossPolicy(Policy):
     """Draw proportionally to the loss (Katharopoulos & Fleuret 2017): Evolved Sampling with beta1 = 0."""
-
-    draws = True
-    needs_norm = False
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
@@ -120,11 +122,10 @@ class LossPolicy:
 @POLICIES.register("order")
 @POLICIES.register("big-loss")
 @dataclass(frozen=True)
-class BigLossPolicy:
+class BigLossPolicy(Policy):
     """The b largest losses: Ordered SGD (Kawaguchi & Lu 2020), and Big Loss as AdaSelection has it."""
 
     draws = False
-    needs_norm = False
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
@@ -133,11 +134,10 @@ class BigLossPolicy:
 
 @POLICIES.register("small-loss")
 @dataclass(frozen=True)
-class SmallLossPolicy:
+class SmallLossPolicy(Policy):
     """The b smallest losses (Shah et al. 2020, as AdaSelection has it)."""
 
     draws = False
-    needs_norm = False
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
@@ -146,7 +146,7 @@ class SmallLossPolicy:
 
 @POLICIES.register("grad-norm")
 @dataclass(frozen=True)
-class GradientNormPolicy:
+class GradientNormPolicy(Policy):
     """The b largest bounds of the gradient's norm (Katharopoulos & Fleuret 2018; AdaSelection takes the largest).
 
     The bound is the norm of the mean token loss's gradient at the logits, softmax minus target: no backward pass.
@@ -163,7 +163,7 @@ class GradientNormPolicy:
 
 @POLICIES.register("adaboost")
 @dataclass(frozen=True)
-class AdaBoostPolicy:
+class AdaBoostPolicy(Policy):
     """Draw by AdaBoost's weights, log((1 + l) / (1 - l)) / 2 (AdaSelection eq. 1), with losses scaled below 1.
 
     The b largest of them would be the b largest losses, since the weight rises with the loss.
@@ -171,9 +171,6 @@ class AdaBoostPolicy:
 
     largest: float = 0.99
     """What the largest loss of the meta-batch is scaled to, in (0, 1)."""
-
-    draws = True
-    needs_norm = False
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -189,11 +186,10 @@ class AdaBoostPolicy:
 
 @POLICIES.register("coreset-1")
 @dataclass(frozen=True)
-class ExtremesPolicy:
+class ExtremesPolicy(Policy):
     """Half of the choice from the largest losses, half from the smallest (AdaSelection, Coresets Approximation 1)."""
 
     draws = False
-    needs_norm = False
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
@@ -202,11 +198,10 @@ class ExtremesPolicy:
 
 @POLICIES.register("coreset-2")
 @dataclass(frozen=True)
-class MeanPolicy:
+class MeanPolicy(Policy):
     """The b losses closest to the meta-batch's mean (AdaSelection, Coresets Approximation 2)."""
 
     draws = False
-    needs_norm = False
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
@@ -221,7 +216,7 @@ MIXABLE = ("big-loss", "small-loss", "uniform", "adaboost", "coreset-1", "corese
 
 @POLICIES.register("adaselection")
 @dataclass(frozen=True)
-class AdaSelectionPolicy:
+class AdaSelectionPolicy(Policy):
     """AdaSelection (Zhang et al. 2024): methods weighted by how their losses fall, times a curriculum reward (eq. 3-5).
 
     A method's importance of a sample is the softmax of what it ranks by; its loss is the mean over the b samples that
@@ -237,7 +232,6 @@ class AdaSelectionPolicy:
     """Exponent of the iteration in the reward (gamma of eq. 4); below 0 easy samples are preferred at first only."""
 
     draws = False
-    needs_norm = False
 
     def __post_init__(self) -> None:
         """Check the options."""

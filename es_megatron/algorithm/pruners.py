@@ -8,8 +8,9 @@ class says what it does instead. Shapes: N samples of a block.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,32 +37,28 @@ class Block(NamedTuple):
     epoch: int
 
 
-class Pruner(Protocol):
+class Pruner(ABC):
     """A set-level pruner; instances are made of options, and never change."""
 
-    needs_mean: bool
+    needs_mean = False
     """Whether `Block.mean` has to be known, which takes a small collective."""
-    rescales: bool
+    rescales = False
     """Whether kept samples with a score below the mean stand for those that were left out, by their loss's weight."""
-    corrects_rate: bool
+    corrects_rate = False
     """Whether the learning rate is raised by n / m in its epochs."""
 
+    @abstractmethod
     def keys(self, block: Block) -> Float64:
         """Keys of the samples, float64[N], >= 0."""
-        ...
 
 
-PRUNERS: Registry[Pruner] = Registry("pruner", "es_megatron.pruners")
+PRUNERS: Registry[Pruner] = Registry(Pruner, "pruner", "es_megatron.pruners")
 
 
 @PRUNERS.register("eswp")
 @dataclass(frozen=True)
-class ScoreRacePruner:
+class ScoreRacePruner(Pruner):
     """Draw what is kept proportionally to the scores (Evolved Sampling with pruning, Algorithm 1)."""
-
-    needs_mean = False
-    rescales = False
-    corrects_rate = False
 
     def keys(self, block: Block) -> Float64:
         """See `Pruner.keys`."""
@@ -70,12 +67,8 @@ class ScoreRacePruner:
 
 @PRUNERS.register("random")
 @dataclass(frozen=True)
-class RandomPruner:
+class RandomPruner(Pruner):
     """Draw what is kept uniformly."""
-
-    needs_mean = False
-    rescales = False
-    corrects_rate = False
 
     def keys(self, block: Block) -> Float64:
         """See `Pruner.keys`."""
@@ -84,7 +77,7 @@ class RandomPruner:
 
 @PRUNERS.register("infobatch")
 @dataclass(frozen=True)
-class InfoBatchPruner:
+class InfoBatchPruner(Pruner):
     """Leave out samples below the mean, at random, and weigh up those of them that are kept (Qin et al. 2024).
 
     Published, each sample below the mean is left out with probability r; here exactly r n of them are, and the weight
@@ -94,7 +87,6 @@ class InfoBatchPruner:
 
     needs_mean = True
     rescales = True
-    corrects_rate = False
 
     def keys(self, block: Block) -> Float64:
         """See `Pruner.keys`."""
@@ -103,15 +95,11 @@ class InfoBatchPruner:
 
 @PRUNERS.register("ucb")
 @dataclass(frozen=True)
-class UpperBoundPruner:
+class UpperBoundPruner(Pruner):
     """Keep the highest upper confidence bounds, s + c sqrt(log(t) / visits) at epoch t (Raju et al. 2021)."""
 
     c: float = 1.0
     """Weight of the bonus of samples that were seldom seen, >= 0."""
-
-    needs_mean = False
-    rescales = False
-    corrects_rate = False
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -127,7 +115,7 @@ class UpperBoundPruner:
 
 @PRUNERS.register("kakurenbo")
 @dataclass(frozen=True)
-class HidingPruner:
+class HidingPruner(Pruner):
     """Hide the lowest scores, move uncertain ones back, and raise the learning rate by n / m (Nguyen et al. 2023).
 
     A sample may be hidden for its score only if the model is sure of it: if the geometric mean of its tokens'
@@ -138,8 +126,6 @@ class HidingPruner:
     confidence: float = 0.05
     """In (0, 1]; published 0.7 for image classes, which a language model far from saturation never reaches."""
 
-    needs_mean = False
-    rescales = False
     corrects_rate = True
 
     def __post_init__(self) -> None:

@@ -26,14 +26,15 @@ C = TypeVar("C", bound=type)
 class Registry(Generic[T]):
     """Classes by name; instances are made of options."""
 
-    def __init__(self, kind: str, group: str) -> None:
+    def __init__(self, base: type[T], kind: str, group: str) -> None:
         """Start empty.
 
         Args:
+            base: what every class inherits from.
             kind: what the entries are, for messages: `policy` or `pruner`.
             group: of entry points.
         """
-        self._kind, self._group = kind, group
+        self._base, self._kind, self._group = base, kind, group
         self._classes: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -57,7 +58,7 @@ class Registry(Generic[T]):
             options: `option=value`, for the fields of its class; `a+b` for a list.
 
         Raises:
-            ConfigError: no such name, or option, or a value of another type.
+            ConfigError: no such name, or option, or a value of another type; an entry point that is no such class.
         """
         cls = self._classes.get(name) or self._load(name)
         fields = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
@@ -77,7 +78,14 @@ class Registry(Generic[T]):
     def _load(self, name: str) -> type:
         for point in entry_points(group=self._group):
             if point.name == name:
-                return point.load()
+                loaded: object = point.load()
+                if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
+                    raise ConfigError(
+                        f"Entry point `{name} = {point.value}` of `{self._group}` must be a class that inherits from "
+                        f"`{self._base.__module__}.{self._base.__name__}`, but is {loaded!r} instead. Correct the "
+                        "package that brings it."
+                    )
+                return loaded
         near = difflib.get_close_matches(name, self.names(), n=1)
         hint = f"Did you mean `{near[0]}`?" if near else f"There are {', '.join(self.names())}."
         raise ConfigError(f"There is no {self._kind} `{name}`. {hint}")

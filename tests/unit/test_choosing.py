@@ -97,11 +97,11 @@ def test_state_is_kept_by_commit_only():
         ({"policy": "order", "weight_floor": 0.5}, "`weight_floor` must be off with policy `order`"),
         (
             {"policy_options": ("leave_out=0.3",), "weight_floor": 0.5},
-            "`weight_floor` must be off where option `leave_",
+            "`weight_floor` must be off with policy `es` and options",
         ),
         (
             {"policy_options": ("leave_out=0.3",), "granularity": "microbatch"},
-            "`granularity: microbatch` must be off where option `leave_out`",
+            "`granularity: microbatch` must be off with policy `es` and options",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from es_megatron.algorithm import registry
-from es_megatron.algorithm.policies import POLICIES, Evidence, Weighed
+from es_megatron.algorithm.policies import POLICIES, Evidence, Policy, Weighed
 from es_megatron.errors import ConfigError
 
 LOSS = np.asarray([2.0, 4.0, 1.0, 3.0])
@@ -134,12 +134,11 @@ def test_what_cannot_be_made(name: str, options: tuple[str, ...], told: str):
 
 
 @dataclass(frozen=True)
-class NewestFirst:
+class NewestFirst(Policy):
     """A policy of another package."""
 
     offset: int = 1
     draws = False
-    needs_norm = False
 
     def weigh(self, evidence: Evidence, state: dict[str, list[float]]) -> Weighed:
         return Weighed(np.arange(len(evidence.loss_B)) + float(self.offset), state)
@@ -151,3 +150,12 @@ def test_other_packages_bring_policies_by_entry_point(monkeypatch: pytest.Monkey
     assert "newest-first" in POLICIES.names()
     policy = POLICIES.make("newest-first", ["offset=3"])
     assert policy.weigh(Evidence(LOSS, LOSS, None, 2, 0), {}).weight_B.tolist() == [3, 4, 5, 6]
+
+
+def test_an_entry_point_that_is_no_policy_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    point = EntryPoint("oldest", f"{__name__}:LOSS", "es_megatron.policies")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    with pytest.raises(
+        ConfigError, match=r"`oldest = .*:LOSS` of `es_megatron.policies` must be a class that inherits"
+    ):
+        POLICIES.make("oldest")
