@@ -36,7 +36,7 @@ from es_megatron.frameworks.deepspeed_common import (
     replica_of,
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
-from es_megatron.frameworks.gradient_norm import norm_bounds, square_sums
+from es_megatron.frameworks.gradient_norm import checked_logits, norm_bounds, square_sums
 from es_megatron.frameworks.scoring import join, scored_part, sequence_losses, traceless
 from es_megatron.step import Trained, Work
 
@@ -120,7 +120,9 @@ class PipeSampling(DeepSpeedSampling):
             losses = sequence_losses(losses_BT, mask_BT)
             if not norms:
                 return losses
-            return torch.stack([losses, norm_bounds(losses_BT, mask_BT, square_sums(outputs))])
+            return torch.stack(
+                [losses, norm_bounds(losses_BT, mask_BT, square_sums(checked_logits(outputs, losses_BT)))]
+            )
 
         with traceless([deepspeed.module]), torch.no_grad(), self._loss(losses_of), silent(deepspeed):
             if other_shape:
@@ -211,7 +213,8 @@ def attach(  # noqa: PLR0913 - all but four have defaults
         manifest: the blend.
         rows: its samples by id; only read on the first and last stage.
         train_samples: draws of the plain run.
-        token_losses: makes the losses of tokens `[B, T]`, and their mask, of the last stage's outputs and the labels.
+        token_losses: makes the losses of tokens `[B, T]`, and their mask, of the last stage's outputs and the labels;
+            policy `grad-norm` takes those outputs as logits `[T, B, V]`.
         config: settings; None: the `"evolved_sampling"` block of the engine's JSON.
         loss_of: makes the loss of a micro-batch of losses and mask.
         pack: makes (inputs of the first stage, labels of the last) of a micro-batch.
