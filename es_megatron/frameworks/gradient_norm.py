@@ -55,8 +55,8 @@ def checked_logits(outputs: Any, losses_BT: Tensor) -> Tensor:
     if len(shape) != 3 or shape[:2] != (tokens, batch):
         told = f"the shape {list(shape)}" if shape else f"the type {type(outputs).__name__}"
         raise ConfigError(
-            f"Policy `grad-norm` needs logits [tokens {tokens}, sequences {batch}, vocabulary] from the last stage, but "
-            f"they have {told}. Let it return them in that order, or choose another `policy`."
+            f"Policy `grad-norm` needs logits [tokens {tokens}, sequences {batch}, vocabulary] from the last stage, "
+            f"but they have {told}. Let it return them in that order, or choose another `policy`."
         )
     return outputs
 
