@@ -24,12 +24,12 @@ Scorer = Literal["fresh", "history", "every-k", "prefix", "external"]
 Guard = Literal["off", "uniform", "plain"]
 Preset = Literal["default", "paper"]
 Granularity = Literal["sample", "microbatch"]
-Correction = Literal["paper", "debiased", "relative"]
+Correction = Literal["paper", "debiased"]
 
 MAX_SATURATION_WEIGHT = 1e-6
 
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
-    "default": {"scorer": "history", "keep_ratio": 0.5, "policy_options": ("power=3",)},
+    "default": {"scorer": "history", "keep_ratio": 0.5, "policy_options": ("power=8",)},
     "paper": {"scorer": "fresh", "keep_ratio": 0.25, "policy_options": ()},
 }
 """What the fields are that are not given: by the evidence of docs/results.md, and as published (section 3.1)."""
@@ -107,10 +107,9 @@ class EvolvedSamplingConfig:
 
     score_correction: Correction | None = None
     """`paper` uses scores as stored; `debiased` takes the start value 1/n out, (s - beta2^k/n) / (1 - beta2^k) after k
-    visits, and counts unseen samples as their component's mean; `relative` does that too, and keeps losses as multiples
-    of what the scores of their iteration's sequences led to expect, so that a score told early, when all losses were
-    higher, can be compared with a later one. None: `paper` for `fresh` and `prefix`, `relative` where history chooses
-    (`debiased` with a pruner that judges by nats, `ucb` or `kakurenbo`)."""
+    visits, and counts unseen samples as the mean of those seen of their component (of all, if none is). None: `paper`
+    for `fresh`, `debiased` where history chooses, since with raw scores what was never seen would hardly ever be
+    chosen."""
 
     weight_floor: float = 0.0
     """Lower bound of a weight as a share of the mean weight, in [0, 1]; above 0 every sample stays reachable."""
@@ -210,16 +209,11 @@ class EvolvedSamplingConfig:
                 "`initial_scores` must be given with `scorer: external`, which chooses by them. Name a folder of "
                 "scores, as `es-megatron scores import` makes one."
             )
-        if self.score_correction == "relative" and self._judges_by_nats:
-            raise ConfigError(
-                f"`score_correction` must be `debiased` or `paper` with pruner `{self.pruner}`, which judges by "
-                "scores in nats, but is `relative` instead. Leave it out."
-            )
-        if self.correction != "paper" and self.decay**255 >= MAX_SATURATION_WEIGHT:
+        if self.correction == "debiased" and self.decay**255 >= MAX_SATURATION_WEIGHT:
             limit = MAX_SATURATION_WEIGHT ** (1 / 255)
             raise ConfigError(
-                f"`beta2` must be below {limit:.4f} with `score_correction: {self.correction}`, but is {self.decay} "
-                "instead: visits are counted up to 255 only. Use a smaller `beta2` or `score_correction: paper`."
+                f"`beta2` must be below {limit:.4f} with `score_correction: debiased`, but is {self.decay} instead: "
+                "visits are counted up to 255 only. Use a smaller `beta2` or `score_correction: paper`."
             )
 
     @property
@@ -234,14 +228,7 @@ class EvolvedSamplingConfig:
         """score_correction with its default filled in."""
         if self.score_correction is not None:
             return self.score_correction
-        if self.scorer in ("fresh", "prefix"):
-            return "paper"
-        return "debiased" if self._judges_by_nats else "relative"
-
-    @property
-    def _judges_by_nats(self) -> bool:
-        """Whether the pruner needs scores that are losses."""
-        return self.prunes and self.pruner in ("ucb", "kakurenbo")
+        return "paper" if self.scorer in ("fresh", "prefix") else "debiased"
 
     def scored_tokens(self, seq_length: int) -> int:
         """First tokens of a sequence that its score is about: all, but for the `prefix` scorer."""

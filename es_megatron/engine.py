@@ -324,8 +324,7 @@ class EvolvedSampling:
             self._check(batch, loss[positions], positions)
             ids = batch.id[positions]
             found, _ = self.store.exchange(ids, np.zeros(len(ids), np.float32))
-            used = self.store.usable(batch.component[positions], found)
-            self.store.evolve(self.iteration, ids, found, used, loss[positions])
+            self.store.evolve(self.iteration, ids, found, np.zeros(len(ids), np.float32), loss[positions])
 
     def _spread(self, framework: Framework, positions: Int64, losses: Float32 | None) -> Float32:
         """Send this data-parallel rank's losses to its pipeline and tensor peers, and put them at their positions."""

@@ -1,11 +1,10 @@
 """Losses to sampling weights and scores (paper eq. 2.5).
 
-Shapes: B sequences of a meta-batch. Losses are float32 nats per token, and so are scores, unless they are `relative`.
+Shapes: B sequences of a meta-batch. Scores and losses are float32 nats per token.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -54,42 +53,21 @@ def evolve(loss_B: Float32, old_B: Float32, used_B: Float32, beta1: float, beta2
     )
 
 
-def relative_losses(loss_B: Float32, used_B: Float32) -> Float32:
-    """Losses as multiples of what their sequences' scores led to expect, on the whole: l sum(s) / sum(l).
-
-    Losses of all sequences fall while a run goes on. Divided by the level of their iteration they can be compared with
-    losses of other iterations; the unit is that of the scores, whatever that is.
-
-    Args:
-        loss_B: float32[B], nats; those that are not finite stay so, and do not count.
-        used_B: float32[B], scores of the same sequences as they are used.
-
-    Returns:
-        float32[B]; the losses themselves where the sums tell nothing (no finite loss above 0, no score above 0).
-    """
-    finite_B = np.isfinite(loss_B)
-    # exact sums: the same in every order, so on every rank of every layout
-    told, expected = math.fsum(loss_B[finite_B].tolist()), math.fsum(used_B[finite_B].tolist())
-    if told <= 0 or expected <= 0:
-        return loss_B
-    return (loss_B.astype(np.float64) * (expected / told)).astype(np.float32)
-
-
 def usable_scores(
     score: Float32, visits: UInt8, beta2: float, start: float, correction: Correction, unseen: float | Float32
 ) -> Float32:
     """Scores as they are used for choosing.
 
-    `paper` uses them as stored, 1/n where never visited. The others take the start value out, (s - beta2^k / n) /
-    (1 - beta2^k) after k visits, and put `unseen` where k = 0.
+    `paper` uses them as stored, 1/n where never visited. `debiased` takes the start value out, (s - beta2^k / n) /
+    (1 - beta2^k) after k visits, and puts `unseen` where k = 0.
 
     Args:
         score: float32[...], stored; ignored where `visits` is 0.
         visits: uint8[...], saturating.
         beta2: decay of the score.
         start: 1/n.
-        correction: which of them.
-        unseen: what an unseen sample counts as but under `paper`, its component's mean.
+        correction: which of the two.
+        unseen: what an unseen sample counts as under `debiased`, its component's mean.
 
     Returns:
         float32[...], finite and >= 0.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from es_megatron.algorithm.evolution import MAX_VISITS, evolve, raise_to_floor, relative_losses, usable_scores
+from es_megatron.algorithm.evolution import MAX_VISITS, evolve, raise_to_floor, usable_scores
 from es_megatron.algorithm.ownership import owned_range
 from es_megatron.algorithm.pruners import PRUNERS, Block
 from es_megatron.algorithm.pruning import kept_count
@@ -145,8 +145,6 @@ class ScoreStore:
             float32[B], 0 where the loss is not finite.
         """
         old = np.where(found.visits == 0, np.float32(self.start), found.score)
-        if self.config.correction == "relative":
-            loss = relative_losses(loss, used)
         evolved = evolve(loss, old, used, self.config.beta1, self.config.decay)
         own = np.flatnonzero(np.isfinite(loss) & (ids >= self.low) & (ids < self.high))
         unique, first = np.unique(ids[own], return_index=True)
@@ -176,11 +174,10 @@ class ScoreStore:
         return self._means_of(self.replica.sum_over_dp(self._sums))
 
     def _means_of(self, total: npt.NDArray[Any]) -> Float32:
-        whole = total.sum(axis=0)
-        first = 1.0 if self.config.correction == "relative" else self.start
-        other = whole[0] / (whole[1] * SUM_UNIT) if whole[1] > 0 else first
+        score, seen = total.sum(axis=0)
+        usual = score / (seen * SUM_UNIT) if seen > 0 else self.start
         mean = total[:, 0] / (np.maximum(total[:, 1], 1) * SUM_UNIT)
-        return np.where(total[:, 1] > 0, mean, other).astype(np.float32)
+        return np.where(total[:, 1] > 0, mean, usual).astype(np.float32)
 
     def seen(self) -> Int64:
         """Samples of each component that have a score, int64[C], the same on every rank; collective."""

@@ -91,7 +91,7 @@ def test_another_default_or_version_makes_another_run(spec, tmp_path, monkeypatc
     task = Task("clean", "es", 1e-3, 1)
     made = settings_of(spec, task, BLEND, tmp_path)
     before = identity_of(made, BLEND)
-    assert before["settings"]["evolved_sampling"]["policy_options"] == ["power=3"]  # though the spec does not say it
+    assert before["settings"]["evolved_sampling"]["policy_options"] == ["power=8"]  # though the spec does not say it
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
         assert identity_of(made, BLEND) != before

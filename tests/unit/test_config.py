@@ -18,7 +18,7 @@ from es_megatron.errors import ConfigError, EsError
 
 def test_presets_fill_in_what_is_not_given():
     default, paper = EvolvedSamplingConfig(), EvolvedSamplingConfig(preset="paper")
-    assert (default.scorer, default.keep_ratio, default.correction) == ("history", 0.5, "relative")
+    assert (default.scorer, default.keep_ratio, default.correction) == ("history", 0.5, "debiased")
     assert (paper.scorer, paper.keep_ratio, paper.correction) == ("fresh", 0.25, "paper")
     given = EvolvedSamplingConfig(preset="paper", scorer="prefix", keep_ratio=0.5)
     assert (given.scorer, given.keep_ratio) == ("prefix", 0.5)
@@ -125,14 +125,6 @@ def test_settings_that_cannot_work_together():
         EvolvedSamplingConfig(preset="paper", selection_parts=2, granularity="microbatch")
     assert EvolvedSamplingConfig(preset="paper", match_cost=True, arm="uniform-prune").match_cost
     assert EvolvedSamplingConfig(preset="paper", inclusion_weights=True).inclusion_weights
-
-
-def test_pruners_that_judge_by_nats_get_nats():
-    assert EvolvedSamplingConfig(pruning_ratio=0.2, pruner="kakurenbo").correction == "debiased"
-    assert EvolvedSamplingConfig(pruning_ratio=0.2, pruner="infobatch").correction == "relative"
-    assert EvolvedSamplingConfig(pruner="kakurenbo").correction == "relative", "nothing is pruned"
-    with pytest.raises(ConfigError, match="`score_correction` must be `debiased` or `paper` with pruner `ucb`"):
-        EvolvedSamplingConfig(pruning_ratio=0.2, pruner="ucb", score_correction="relative")
 
 
 def test_debiasing_needs_visits_that_saturate_in_time():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from es_megatron.algorithm.evolution import MAX_VISITS, evolve, raise_to_floor, relative_losses, usable_scores
+from es_megatron.algorithm.evolution import MAX_VISITS, evolve, raise_to_floor, usable_scores
 from es_megatron.algorithm.selection import race
 
 BETA = st.floats(0, 0.99)
@@ -74,34 +74,6 @@ def test_debiased_score_is_the_weighted_average_of_the_losses_alone(losses, beta
     assert used[0] == pytest.approx(average, rel=2e-5, abs=2e-5)
     paper = usable_scores(stored, np.asarray([k], np.uint8), beta2, start, "paper", unseen=7.0)
     np.testing.assert_array_equal(paper, stored)
-
-
-def test_relative_losses_by_hand():
-    # 9 nats where the scores led to expect 3: a third each
-    found = relative_losses(float32(6.0, math.nan, 2.0, 1.0), float32(1.5, 9.0, 1.0, 0.5))
-    np.testing.assert_allclose(found, [2.0, math.nan, 2 / 3, 1 / 3], rtol=1e-6)
-    assert found.dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("loss", "used"), [((math.nan, math.inf), (1.0, 1.0)), ((0.0, 0.0), (1.0, 1.0)), ((2.0, 3.0), (0.0, 0.0))]
-)
-def test_where_sums_tell_nothing_losses_stay(loss, used):
-    np.testing.assert_array_equal(relative_losses(float32(*loss), float32(*used)), float32(*loss))
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    pairs=st.lists(st.tuples(st.floats(0.25, 16, width=32), st.floats(0.25, 16, width=32)), min_size=1, max_size=16),
-    order=st.randoms(use_true_random=False),
-)
-def test_relative_losses_hang_neither_on_the_order_nor_on_the_level(pairs, order):
-    loss, used = float32(*[p[0] for p in pairs]), float32(*[p[1] for p in pairs])
-    found = relative_losses(loss, used)
-    assert found.sum() == pytest.approx(used.sum(), rel=1e-5)
-    at = np.asarray(order.sample(range(len(pairs)), len(pairs)))
-    np.testing.assert_array_equal(relative_losses(loss[at], used[at]), found[at])
-    np.testing.assert_array_equal(relative_losses(loss * np.float32(4), used), found)
 
 
 def test_unseen_samples_count_as_the_start_or_as_the_mean_whatever_is_stored():

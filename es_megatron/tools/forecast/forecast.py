@@ -13,9 +13,9 @@ from es_megatron.tools.forecast.request import Request
 SCORE_BYTES = 5
 """Of a sample: float32 score, uint8 visits."""
 EXCHANGED_BYTES, EXCHANGED_WIDE = 12, 24
-"""Of a sequence of the meta-batch: score, visits and loss, as float32, or as float64 where scores are corrected."""
+"""Of a sequence of the meta-batch: score, visits and loss, as float32, or as float64 where scores are debiased."""
 SHARD_BYTES = 16
-"""Of a component, with corrected scores: the two sums that its mean is made of."""
+"""Of a component, with debiased scores: the two sums that its mean is made of."""
 FORWARD_FLOPS = 2.0
 """Of a parameter and a token; the backward pass has twice as many, so that a plain step has 6."""
 
@@ -179,7 +179,7 @@ def footprint_of(plan: Plan, request: Request) -> Footprint:
     own = keeps * -(-manifest.total // sizes.data_parallel)
     masks = sum(mask_bytes(int(n)) for n in manifest.sizes) if config.prunes else 0
     ranks, shared = min(request.gpus_per_node, request.world_size), config.mask_folder is not None
-    wide = config.correction != "paper"
+    wide = config.correction == "debiased"
     exchanged = EXCHANGED_WIDE * plan.meta_batch + SHARD_BYTES * len(manifest.components)
     return Footprint(
         score_bytes_per_rank=own,
