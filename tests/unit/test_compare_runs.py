@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from es_megatron import config
+from es_megatron.errors import CheckpointError
 from es_megatron.tools.compare.crew import Answer, Crew
 from es_megatron.tools.compare.runs import (
     Blend,
@@ -97,6 +98,20 @@ def test_another_default_or_version_makes_another_run(spec, tmp_path, monkeypatc
         assert identity_of(made, BLEND) != before
     monkeypatch.setitem(config.PRESETS["default"], "policy_options", ("power=2",))
     assert identity_of(made, BLEND) != before
+
+
+def test_initial_scores_count_by_content_wherever_they_stand(spec, tmp_path):
+    made = settings_of(spec, Task("clean", "es", 1e-3, 1), BLEND, tmp_path)
+    found = []
+    for name, content in (("here", "{}"), ("there", "{}"), ("other", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(content)
+        made["evolved_sampling"]["initial_scores"] = str(tmp_path / name)
+        found.append(identity_of(made, BLEND))
+    assert found[0] == found[1] != found[2]
+    made["evolved_sampling"]["initial_scores"] = str(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="gone"):
+        identity_of(made, BLEND)
 
 
 def test_other_settings_or_data_or_half_a_run_do_not_count(spec, tmp_path):

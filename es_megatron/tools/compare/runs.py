@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from es_megatron.checkpoint.transfer import find_scores
 from es_megatron.config import build
 from es_megatron.errors import ConfigError
 from es_megatron.tools.compare.spec import Overrides, Spec, mapping
@@ -104,10 +106,17 @@ def apply(sections: dict[str, Any], overrides: Overrides) -> None:
 def identity_of(settings: Mapping[str, Any], blend: Blend) -> dict[str, Any]:
     """What must be equal for a finished run to count: its settings with all defaults, its data, and the versions.
 
-    Not where anything stands.
+    Not where anything stands: `initial_scores` are told by their content.
+
+    Raises:
+        CheckpointError: there are no such `initial_scores`.
     """
     told = dataclasses.asdict(build(PretrainSettings, dict(settings), "settings"))
     del told["run"], told["data"]["blend"]
+    scores = told["evolved_sampling"]["initial_scores"]
+    if scores is not None:
+        content = (find_scores(Path(scores)) / "manifest.json").read_bytes()  # it has the checksums of all files
+        told["evolved_sampling"]["initial_scores"] = hashlib.sha256(content).hexdigest()
     versions = {name: importlib.metadata.version(name) for name in ("es_megatron", "torch", "megatron-core")}
     return json.loads(json.dumps({"settings": told, "blend": blend.identity, "versions": versions}, default=str))
 
