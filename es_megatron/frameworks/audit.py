@@ -5,27 +5,28 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from es_megatron.line_file import LineFile, kept_lines, replace_lines
 from es_megatron.step import StepRecord
 
 
 class Audit:
     """A file with a line for each iteration: its number, sequences scored, ids chosen by position."""
 
-    def __init__(self, path: Path, done: int) -> None:
+    def __init__(self, path: Path, last: int) -> None:
         """Take the file; what is in it stays.
 
         Args:
             path: where it is; made if it does not exist.
-            done: finished iterations; lines of later ones are dropped, since those are going to be run again.
+            last: lines of iterations with higher numbers are dropped, since those are going to be run again.
         """
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            path.write_text("".join(line for line in whole if json.loads(line)["iteration"] <= done), encoding="utf-8")
-        self._path = path
+        replace_lines(path, kept_lines(path, lambda line: int(line["iteration"]) <= last))
+        self._file = LineFile(path)
 
     def write(self, iteration: int, record: StepRecord) -> None:
-        """Append the line of a finished iteration, counted from 1."""
+        """Append the line of a finished iteration, under the caller's number."""
         line = {"iteration": iteration, "scored": record.scored, "chosen": record.chosen.tolist()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

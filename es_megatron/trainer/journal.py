@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from es_megatron.errors import ConfigError
+from es_megatron.frameworks.audit import Audit
+from es_megatron.line_file import LineFile
 from es_megatron.metrics import LogEntry, plan_facts
 from es_megatron.plan import Layout, Plan
 from es_megatron.step import StepRecord
@@ -41,19 +43,19 @@ class Journal:
         """
         self._speaks = speaks
         self._directory = settings.run.directory
-        self._audit: TextIO | None = None
+        self._audit: Audit | None = None
         self._board: Any = None
         self._bar: tqdm[Any] | None = None
-        self._log: TextIO | None = None
+        self._log: LineFile | None = None
         self._metrics: MetricsFile | None = None
         if not speaks:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._log = (self._directory / "log.txt").open("a", encoding="utf-8")
+        self._log = LineFile(self._directory / "log.txt")
         facts = plan_facts(plan, layout, settings.model.seq_length)
         self._metrics = MetricsFile(self._directory, plan, facts, start)
         if settings.run.audit:
-            self._audit = open_audit(self._directory / "audit.jsonl", start)
+            self._audit = Audit(self._directory / "audit.jsonl", start - 1)
         if settings.run.tensorboard:
             self._board = open_board(self._directory / "tensorboard", start)
         if settings.run.progress and sys.stderr.isatty():
@@ -80,8 +82,7 @@ class Journal:
         else:
             print(text, flush=True)
         if self._log is not None:
-            self._log.write(text + "\n")
-            self._log.flush()
+            self._log.write(text)
 
     def advance(self, record: StepRecord, iteration: Iteration, elapsed: float) -> None:
         """Note one finished iteration, which took `elapsed` seconds."""
@@ -90,9 +91,7 @@ class Journal:
         if self._bar is not None:
             self._bar.update(1)
         if self._audit is not None:
-            line = {"iteration": record.iteration, "scored": record.scored, "chosen": record.chosen.tolist()}
-            self._audit.write(json.dumps(line) + "\n")
-            self._audit.flush()
+            self._audit.write(record.iteration, record)
 
     def log(self, entry: LogEntry, record: StepRecord | None) -> None:
         """Write the log line and the scalars."""
@@ -139,15 +138,6 @@ class Journal:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, path)
-
-
-def open_audit(path: Path, start: int) -> TextIO:
-    """Open the audit log for appending, without the lines of iterations that are going to be run again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] < start]
-        path.write_text("".join(kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
 
 
 def open_board(path: Path, start: int) -> Any:

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from es_megatron.errors import DataError
+from es_megatron.line_file import LineFile, kept_lines, replace_lines
 from es_megatron.plan import Plan
 from es_megatron.step import StepRecord
 from es_megatron.trainer.backend import Iteration
-
-LOGGER = logging.getLogger(__name__)
 
 NAME = "metrics.jsonl"
 LOSSES = ("meta_loss", "chosen_loss", "skipped_loss")
@@ -146,14 +142,9 @@ class MetricsFile:
         self._names = [component.name for component in plan.schedule.manifest.components]
         self._plan, self._first = plan, True  # the first iteration has a stretch of its own
         path = directory / NAME
-        partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"plan": facts}) + "\n")
-            file.writelines(kept_lines(path, start))
-        os.replace(partial, path)
-        self._path = path
-        self._file: TextIO | None = path.open("a", encoding="utf-8")
-        """None once it could not be written: no run ends for its metrics."""
+        kept = kept_lines(path, lambda line: "plan" not in line and int(line["iteration"]) <= start)
+        replace_lines(path, [json.dumps({"plan": facts}) + "\n", *kept])
+        self._file = LineFile(path)
         self._start = self._done = start
         self._open = Gathering(len(self._names))
 
@@ -179,41 +170,15 @@ class MetricsFile:
     def close(self) -> None:
         """Write what is left, and close."""
         self.end()
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        except OSError as error:
-            LOGGER.warning("%s cannot be written (%s): the run goes on without it", self._path, error.strerror)
-            with suppress(OSError):  # it tries to write the rest
-                self._file.close()
-            self._file = None
+        self._file.write(json.dumps(line))
 
 
 def known(value: float) -> float | None:
     """JSON knows no nan."""
     return value if math.isfinite(value) else None
-
-
-def kept_lines(path: Path, start: int) -> list[str]:
-    """Lines of a metrics file that a run resuming at `start` keeps; unreadable ones are dropped with a warning."""
-    if not path.exists():
-        return []
-    kept: list[str] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                content = json.loads(line)
-                if "plan" not in content and int(content["iteration"]) <= start and line.endswith("\n"):
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                LOGGER.warning("line %d of %s cannot be read; it is left out", number, path)
-    return kept
 
 
 def read_metrics(directory: Path) -> Metrics:

@@ -282,7 +282,10 @@ def test_audit_drops_what_is_run_again(tmp_path: Path) -> None:
         first.write(iteration, record)
     with path.open("a") as file:
         file.write('{"iteration": 4, "sco')  # the process was killed
-    Audit(path, 2).write(3, record)
+    first.close()
+    second = Audit(path, 2)
+    second.write(3, record)
+    second.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     assert lines[2] == {"iteration": 3, "scored": 16, "chosen": [4, 2]}
