@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
@@ -36,7 +37,7 @@ from es_megatron.frameworks.deepspeed_common import (
     replica_of,
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
-from es_megatron.frameworks.gradient_norm import checked_logits, norm_bounds, square_sums
+from es_megatron.frameworks.gradient_norm import norm_bounds, square_sums
 from es_megatron.frameworks.scoring import join, scored_part, sequence_losses, traceless
 from es_megatron.step import Trained, Work
 
@@ -69,6 +70,7 @@ class PipeSampling(DeepSpeedSampling):
         tensor = int(deepspeed.grid.get_slice_parallel_world_size())
         super().__init__(engine, feed, deepspeed, loss_source=(deepspeed.num_stages - 1) * tensor)
         self.token_losses, self.loss_of, self.pack = token_losses, loss_of, pack
+        self._norms_known = False
 
     def score(self, positions: Int64) -> Float32 | None:
         """See `Framework.score`."""
@@ -115,14 +117,22 @@ class PipeSampling(DeepSpeedSampling):
         deepspeed = self.deepspeed
         other_shape = other_shape and not deepspeed.dynamic_shape
 
+        refused: list[str] = []
+
         def losses_of(outputs: Any, labels: Any) -> Tensor:
+            # before the losses, which Megatron's cross entropy makes in the logits' own memory
+            squares_BT = square_sums(outputs) if norms and isinstance(outputs, Tensor) and outputs.dim() == 3 else None
             losses_BT, mask_BT = self.token_losses(outputs, labels)
             losses = sequence_losses(losses_BT, mask_BT)
             if not norms:
                 return losses
-            return torch.stack(
-                [losses, norm_bounds(losses_BT, mask_BT, square_sums(checked_logits(outputs, losses_BT)))]
+            if squares_BT is not None and squares_BT.shape == losses_BT.shape:
+                return torch.stack([losses, norm_bounds(losses_BT, mask_BT, squares_BT)])
+            told = (
+                f"the shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"type {type(outputs).__name__}"
             )
+            refused.append(f"{told}, for {losses_BT.shape[0]} sequences of {losses_BT.shape[1]} tokens")
+            return torch.stack([losses, torch.full_like(losses, torch.nan)])
 
         with traceless([deepspeed.module]), torch.no_grad(), self._loss(losses_of), silent(deepspeed):
             if other_shape:
@@ -132,6 +142,14 @@ class PipeSampling(DeepSpeedSampling):
             if other_shape:
                 deepspeed.reset_activation_shape()
         deepspeed.total_loss = None
+        if norms and not self._norms_known:
+            with agreed(self.engine.replica, "bound gradient norms", kind=ConfigError):
+                if refused:
+                    raise ConfigError(
+                        "Policy `grad-norm` needs logits [tokens, sequences, vocabulary] from the last stage, but its "
+                        f"outputs have {refused[0]}. Return them in that order, or choose another `policy`."
+                    )
+            self._norms_known = True
         return join(list(found)) if deepspeed.is_last_stage() else None
 
     def _training_loss(

@@ -44,23 +44,6 @@ def square_sums(logits_TBV: Tensor) -> Tensor:
     return (sums[1] / sums[0].square()).transpose(0, 1)
 
 
-def checked_logits(outputs: Any, losses_BT: Tensor) -> Tensor:
-    """A pipeline's outputs, which nobody has declared to be logits `[T, B, V]`, if they can be.
-
-    Raises:
-        ConfigError: they have another shape.
-    """
-    batch, tokens = losses_BT.shape
-    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else ()
-    if len(shape) != 3 or shape[:2] != (tokens, batch):
-        told = f"the shape {list(shape)}" if shape else f"the type {type(outputs).__name__}"
-        raise ConfigError(
-            f"Policy `grad-norm` needs logits [tokens {tokens}, sequences {batch}, vocabulary] from the last stage, "
-            f"but they have {told}. Let it return them in that order, or choose another `policy`."
-        )
-    return outputs
-
-
 def norm_bounds(losses_BT: Tensor, mask_BT: Tensor, squares_BT: Tensor) -> Tensor:
     """Bound of the norm of each sequence's gradient under its mask, float32 `[B]`; nan where no token counts."""
     losses, mask = losses_BT.detach().float(), mask_BT.detach().reshape(losses_BT.shape).float()

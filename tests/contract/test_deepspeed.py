@@ -87,6 +87,7 @@ VARIANTS = [
     ("evolved_sampling.granularity=microbatch", "evolved_sampling.scoring_micro_batch_size=1"),
     ("evolved_sampling.arm=uniform-prune",),
     ("evolved_sampling.arm=plain",),
+    ("evolved_sampling.policy=grad-norm",),
 ]
 
 
