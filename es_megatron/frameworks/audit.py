@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from es_megatron.line_file import LineFile, kept_lines, replace_lines
+from es_megatron.line_file import LineFile
 from es_megatron.step import StepRecord
 
 
@@ -16,11 +16,10 @@ class Audit:
         """Take the file; what is in it stays.
 
         Args:
-            path: where it is; made if it does not exist.
+            path: where it is; made with its folder if it does not exist.
             last: lines of iterations with higher numbers are dropped, since those are going to be run again.
         """
-        replace_lines(path, kept_lines(path, lambda line: int(line["iteration"]) <= last))
-        self._file = LineFile(path)
+        self._file = LineFile(path, lambda line: int(line["iteration"]) <= last)
 
     def write(self, iteration: int, record: StepRecord) -> None:
         """Append the line of a finished iteration, under the caller's number."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from es_megatron.errors import DataError
-from es_megatron.line_file import LineFile, kept_lines, replace_lines
+from es_megatron.line_file import LineFile
 from es_megatron.plan import Plan
 from es_megatron.step import StepRecord
 from es_megatron.trainer.backend import Iteration
@@ -141,10 +141,11 @@ class MetricsFile:
         """
         self._names = [component.name for component in plan.schedule.manifest.components]
         self._plan, self._first = plan, True  # the first iteration has a stretch of its own
-        path = directory / NAME
-        kept = kept_lines(path, lambda line: "plan" not in line and int(line["iteration"]) <= start)
-        replace_lines(path, [json.dumps({"plan": facts}) + "\n", *kept])
-        self._file = LineFile(path)
+        self._file = LineFile(
+            directory / NAME,
+            lambda line: "plan" not in line and int(line["iteration"]) <= start,
+            [json.dumps({"plan": facts})],
+        )
         self._start = self._done = start
         self._open = Gathering(len(self._names))
 
