@@ -75,11 +75,16 @@ class Chooser:
             raise ConfigError(
                 f"`{name}` must be off with policy `{config.policy}`, which ranks and does not draw. Switch it off."
             )
-        if self.policy.excludes and (config.weight_floor > 0 or config.granularity == "microbatch"):
-            name = "weight_floor" if config.weight_floor > 0 else "granularity: microbatch"
+        opposed = {
+            "weight_floor": config.weight_floor > 0,
+            "inclusion_weights": config.inclusion_weights,
+            "granularity: microbatch": config.granularity == "microbatch",
+        }
+        if self.policy.excludes and any(opposed.values()):
+            name = next(name for name, on in opposed.items() if on)
             raise ConfigError(
                 f"`{name}` must be off with policy `{config.policy}` and options {list(config.policy_options)}, which "
-                "mean some sequences never to be chosen: it would choose them. Switch one of the two off."
+                "mean some sequences never to be chosen: it counts on all of them. Switch one of the two off."
             )
         self.state: dict[str, Any] = {"policy": {}, "guard": {"iterations": 0, "gain": 0.0, "fell": False}}
         """JSON-able; of the last finished iteration."""
@@ -100,7 +105,7 @@ class Chooser:
         drawable = np.flatnonzero(known.weight)
         weight, draws = self._weigh(iteration, known, drawable)
         if known.informed:
-            self._judge(weight[drawable] if draws else known.loss[drawable])
+            self._judge(known.loss[drawable])
         if self.config.arm == "shuffled":
             drawn = uniforms(self.config.seed, Purpose.SHUFFLE_BATCH, 0, iteration, 0, len(weight))
             weight[drawable] = weight[drawable[np.argsort(drawn[drawable], kind="stable")]]
@@ -117,7 +122,7 @@ class Chooser:
         self.state = self._next
         if self.fell and not before:
             LOGGER.warning(
-                "guard: the weights are worth %.3f times the chosen sequences, and pay from %.3f on: from now on %d of "
+                "guard: the scores are worth %.3f times the chosen sequences, and pay from %.3f on: from now on %d of "
                 "%d sequences are trained, at random",
                 self.state["guard"]["gain"],
                 self.plan.break_even_gain,

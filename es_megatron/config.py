@@ -44,7 +44,7 @@ class EvolvedSamplingConfig:
 
     preset: Preset = "default"
     """Where `scorer`, `keep_ratio` and the options of policy `es` come from if they are not given: `default` (what paid
-    for language models: free scores to the third power, half of each meta-batch; see docs/results.md) or `paper` (a
+    for language models: free scores to the eighth power, half of each meta-batch; see docs/results.md) or `paper` (a
     fresh scoring pass, weights as they are, a quarter of it)."""
 
     arm: Arm = "es"

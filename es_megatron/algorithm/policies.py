@@ -24,6 +24,9 @@ State = dict[str, list[float]]
 DRAWABLE = 1e-260, 1e260
 """Weights are held within this, so that sums of them are neither 0 nor infinite."""
 
+EXCLUDED = 1e-306
+"""Weight of what is never to be chosen: not 0, which would mean that it has no loss; the race takes it last."""
+
 
 class Evidence(NamedTuple):
     """What is known of a meta-batch when it is chosen from; every loss in it is finite."""
@@ -94,8 +97,7 @@ class EvolvedSamplingPolicy(Policy):
             weight_B = np.clip(np.maximum(evidence.weight_B, np.finfo(np.float32).tiny) ** self.power, *DRAWABLE)
         out = min(int(self.leave_out * len(weight_B)), len(weight_B) - evidence.chosen)
         if out > 0:
-            # not 0, which would mean that it has no loss: the race takes them last
-            weight_B[np.argsort(evidence.weight_B, kind="stable")[-out:]] = np.finfo(np.float64).tiny
+            weight_B[np.argsort(evidence.weight_B, kind="stable")[-out:]] = EXCLUDED
         return Weighed(weight_B, state)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast
@@ -79,13 +80,13 @@ class Registry(Generic[T]):
         for point in entry_points(group=self._group):
             if point.name == name:
                 loaded: object = point.load()
-                if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
-                    raise ConfigError(
-                        f"Entry point `{name} = {point.value}` of `{self._group}` must be a class that inherits from "
-                        f"`{self._base.__module__}.{self._base.__name__}`, but is {loaded!r} instead. Correct the "
-                        "package that brings it."
-                    )
-                return loaded
+                if isinstance(loaded, type) and issubclass(loaded, self._base) and not inspect.isabstract(loaded):
+                    return loaded
+                raise ConfigError(
+                    f"Entry point `{name} = {point.value}` of `{self._group}` must be a class that inherits from "
+                    f"`{self._base.__module__}.{self._base.__name__}` and has its abstract methods, but is {loaded!r} "
+                    "instead. Correct the package that brings it."
+                )
         near = difflib.get_close_matches(name, self.names(), n=1)
         hint = f"Did you mean `{near[0]}`?" if near else f"There are {', '.join(self.names())}."
         raise ConfigError(f"There is no {self._kind} `{name}`. {hint}")

@@ -42,6 +42,8 @@ GATHERED_BYTES = 1 << 24
 """Bytes of a mask that the ranks join at a time."""
 SUM_UNIT = 1 << 20
 """Scores are summed as integers of this many parts of a nat, so that the order of ranks cannot matter."""
+LARGEST_SUMMED = float(1 << 20)
+"""Scores above this many nats, which only somebody else's can be, count as this in sums, which would overflow."""
 
 
 class Lookup(NamedTuple):
@@ -256,8 +258,9 @@ class ScoreStore:
         return np.asarray([self._units(score[seen], visits[seen]).sum(), np.count_nonzero(seen)], dtype=np.int64)
 
     def _units(self, score: Float32, visits: UInt8) -> Int64:
-        """Used scores of seen samples in integer units."""
-        return np.rint(self._usable(score, visits, 0.0).astype(np.float64) * SUM_UNIT).astype(np.int64)
+        """Used scores of seen samples in integer units; what no loss can be is held within them."""
+        used = np.minimum(self._usable(score, visits, 0.0).astype(np.float64), LARGEST_SUMMED)
+        return np.rint(used * SUM_UNIT).astype(np.int64)
 
     def _by_component(self, component: Int64, amount: npt.NDArray[Any]) -> Int64:
         """Sums of whole numbers by component, int64[C]; below 2^53 they are exact."""

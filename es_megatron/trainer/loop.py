@@ -61,8 +61,8 @@ class Trainer:
             journal.say(plan)
             self._train(journal, iterations)
             finished = self.engine.done
-            interval = self.settings.run.save_interval
-            if self._saved_at != self.engine.iteration and (interval or not finished):
+            wanted = self.settings.run.save_interval is not None or not finished
+            if self._saved_at != self.engine.iteration and wanted:
                 self._save(journal)
             self._save_on(journal, wait=True)
             if finished and not (self.evaluations and self.evaluations[-1]["iteration"] == self.engine.iteration):

@@ -123,8 +123,9 @@ class RunSettings:
     directory: Path = Path("runs/pretrain")
     """Folder of logs, checkpoints and summaries."""
 
-    save_interval: int = 0
-    """Iterations between checkpoints, >= 0; 0 saves at the end only."""
+    save_interval: int | None = 0
+    """Iterations between checkpoints, >= 0, with one more at the end; 0 saves at the end only. None: only where the run
+    is stopped before it."""
 
     keep_checkpoints: int = 2
     """Newest checkpoints kept, >= 1; older ones are removed once a newer one is complete."""
@@ -151,7 +152,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         """Check every field."""
         require_choice("on_blend_change", self.on_blend_change, BlendChange)
-        require(self.save_interval >= 0, "save_interval", ">= 0", self.save_interval)
+        require((self.save_interval or 0) >= 0, "save_interval", ">= 0 or null", self.save_interval)
         require_positive("keep_checkpoints", self.keep_checkpoints)
 
 

@@ -7,10 +7,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from es_megatron import config
+from es_megatron.checkpoint import ScoreRange, save_es_state
 from es_megatron.errors import CheckpointError
+from es_megatron.parallel import Replica
 from es_megatron.tools.compare.crew import Answer, Crew
 from es_megatron.tools.compare.runs import (
     Blend,
@@ -24,6 +27,7 @@ from es_megatron.tools.compare.runs import (
     settings_of,
 )
 from es_megatron.tools.compare.spec import read_spec
+from tests.unit.naive import make_manifest
 from tests.unit.test_compare_spec import PATH, changed
 
 BLEND = Blend(Path("data/blend.yaml"), {"demo": True})
@@ -102,13 +106,13 @@ def test_another_default_or_version_makes_another_run(spec, tmp_path, monkeypatc
 
 def test_initial_scores_count_by_content_wherever_they_stand(spec, tmp_path):
     made = settings_of(spec, Task("clean", "es", 1e-3, 1), BLEND, tmp_path)
-    found = []
-    for name, content in (("here", "{}"), ("there", "{}"), ("other", "[]")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").write_text(content)
+    manifest, found = make_manifest((5, 3)), []
+    for name, score, seconds in (("here", 2.0, 1.0), ("there", 2.0, 7.5), ("other", 3.0, 1.0)):
+        scores = ScoreRange(8, 0, np.full(8, score, np.float32), np.ones(8, np.uint8))
+        save_es_state(tmp_path / name, scores, {}, {"seconds": seconds}, manifest.to_json(), Replica.alone())
         made["evolved_sampling"]["initial_scores"] = str(tmp_path / name)
         found.append(identity_of(made, BLEND))
-    assert found[0] == found[1] != found[2]
+    assert found[0] == found[1] != found[2], "scores and samples count, not how long it took"
     made["evolved_sampling"]["initial_scores"] = str(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="gone"):
         identity_of(made, BLEND)

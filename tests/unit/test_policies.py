@@ -152,10 +152,15 @@ def test_other_packages_bring_policies_by_entry_point(monkeypatch: pytest.Monkey
     assert policy.weigh(Evidence(LOSS, LOSS, None, 2, 0), {}).weight_B.tolist() == [3, 4, 5, 6]
 
 
-def test_an_entry_point_that_is_no_policy_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
-    point = EntryPoint("oldest", f"{__name__}:LOSS", "es_megatron.policies")
+class Unfinished(Policy):
+    """A policy that weighs nothing."""
+
+
+@pytest.mark.parametrize("name", ["LOSS", "Unfinished"])
+def test_an_entry_point_that_is_no_policy_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch):
+    point = EntryPoint("oldest", f"{__name__}:{name}", "es_megatron.policies")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     with pytest.raises(
-        ConfigError, match=r"`oldest = .*:LOSS` of `es_megatron.policies` must be a class that inherits"
+        ConfigError, match=rf"`oldest = .*:{name}` of `es_megatron.policies` must be a class that inherits"
     ):
         POLICIES.make("oldest")

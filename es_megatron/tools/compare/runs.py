@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -16,8 +15,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from es_megatron.checkpoint.es_state import read_manifest
 from es_megatron.checkpoint.transfer import find_scores
 from es_megatron.config import build
+from es_megatron.data.manifest import Manifest
 from es_megatron.errors import ConfigError
 from es_megatron.tools.compare.spec import Overrides, Spec, mapping
 from es_megatron.trainer.settings import PretrainSettings
@@ -84,6 +85,7 @@ def settings_of(spec: Spec, task: Task, blend: Blend, folder: Path) -> dict[str,
         "model.init_seed": task.seed,
         "evolved_sampling.seed": task.seed,
         "run.directory": str(folder),
+        "run.save_interval": None,
         "run.resume": False,
         "run.progress": False,
     }
@@ -115,10 +117,19 @@ def identity_of(settings: Mapping[str, Any], blend: Blend) -> dict[str, Any]:
     del told["run"], told["data"]["blend"]
     scores = told["evolved_sampling"]["initial_scores"]
     if scores is not None:
-        content = (find_scores(Path(scores)) / "manifest.json").read_bytes()  # it has the checksums of all files
-        told["evolved_sampling"]["initial_scores"] = hashlib.sha256(content).hexdigest()
+        told["evolved_sampling"]["initial_scores"] = scores_identity(Path(scores))
     versions = {name: importlib.metadata.version(name) for name in ("es_megatron", "torch", "megatron-core")}
     return json.loads(json.dumps({"settings": told, "blend": blend.identity, "versions": versions}, default=str))
+
+
+def scores_identity(path: Path) -> dict[str, Any]:
+    """What makes saved scores what they are, wherever they stand: checksums of them, and the samples they belong to."""
+    document = read_manifest(find_scores(path))
+    blend = Manifest.from_json(document["data_manifest"])
+    return {
+        "scores": {name: entry["crc32"] for name, entry in document["tensors"].items() if not name.startswith("mask")},
+        "samples": [[component.name, component.samples, component.fingerprint] for component in blend.components],
+    }
 
 
 def check_arms(spec: Spec, blends: Mapping[str, Blend]) -> None:
