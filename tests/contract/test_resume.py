@@ -184,6 +184,15 @@ def test_a_damaged_newest_checkpoint_falls_back(start: Start, uninterrupted: Sta
     assert [mine.scores for mine in rest] == [expected.scores for expected in whole]
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("interval", "kept"), [("0", 1), ("null", 0)])
+def test_a_finished_run_saves_its_end_unless_told_never(interval: str, kept: int, tmp_path: Path) -> None:
+    blend = write_blend(tmp_path / "data")
+    options = ("model.num_layers=2", f"training.train_samples={4 * META_BATCH}", f"run.save_interval={interval}")
+    run_on_ranks(1, train, settings_of(blend, tmp_path / "run", *options), timeout=100)
+    assert len(list((tmp_path / "run").glob("checkpoints/iter_*"))) == kept
+
+
 def test_terminated_before_the_first_iteration(start: Start, tmp_path: Path) -> None:
     """A signal that comes before anything is trained still leaves a checkpoint that resumes."""
 

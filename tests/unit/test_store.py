@@ -120,6 +120,12 @@ def test_means_are_those_of_the_seen(correction: str) -> None:
     assert np.array_equal(store._sums, sums), "kept up to date, they are what counting anew gives"  # pyright: ignore[reportPrivateUsage]
 
 
+def test_scores_that_no_loss_can_be_overflow_no_mean() -> None:
+    store = make(score_correction="debiased", beta2=0.8)
+    store.load(np.full(343, 1e30, np.float32), np.ones(343, np.uint8))
+    assert (store.component_means() > 0).all()
+
+
 def filled(store: ScoreStore, seen: float = 0.7, ties: bool = False) -> ScoreStore:
     random = np.random.default_rng(1)
     n = store.manifest.total
