@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch.optim.adam import adam
 
+from es_megatron.errors import ConfigError
+
+SWITCHES = {"capturable": "Leave `optimizer_cuda_graph` (`--optimizer-cuda-graph`) off"}
+"""What sets a switch in Megatron-Core, where it has another name there."""
+
 
 class GroupAdam(torch.optim.Optimizer):
     """Adam (arXiv 1412.6980), or AdamW (arXiv 1711.05101), with `step` kept in each parameter group.
@@ -28,8 +33,28 @@ class GroupAdam(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         adam_w_mode: bool = True,
+        **switches: Any,
     ) -> None:
-        """Take parameters or groups of them; `adam_w_mode` decouples the weight decay from the gradient."""
+        """Take parameters or groups of them; `adam_w_mode` decouples the weight decay from the gradient.
+
+        Args:
+            params: parameters, or groups with settings of their own.
+            lr: learning rate.
+            betas: decays of the two moments.
+            eps: added to the root of the second moment.
+            weight_decay: its factor.
+            adam_w_mode: whether weight decay is decoupled from the gradient.
+            switches: what Megatron-Core hands over beyond that (`capturable` since 0.17), all of it off.
+
+        Raises:
+            ConfigError: one of them is on.
+        """
+        for name, value in switches.items():
+            if value not in (None, False):
+                raise ConfigError(
+                    f"`{name}` must be off without Transformer Engine or Apex, but is {value!r} instead: the Adam that "
+                    f"stands in for theirs does not have it. {SWITCHES.get(name, 'Switch it off')}, or install one of them."
+                )
         self.adam_w_mode = adam_w_mode
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 

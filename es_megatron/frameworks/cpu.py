@@ -26,6 +26,9 @@ FACTORIES = (
 )
 """Functions of torch that take a device; those megatron-core and the checkpoint code call, and their siblings."""
 
+METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided")
+"""Methods of a tensor that take a device."""
+
 NOTHING_TO_DO = ("set_device", "synchronize", "_lazy_init", "set_stream")
 """Functions of torch.cuda that have no meaning on a CPU."""
 
@@ -94,6 +97,9 @@ def install() -> bool:
     _replace_random_states()
     _replace_streams()
     _replace(torch.cuda, "current_device", lambda: 0)
+    # torch built for CUDA would ask the device whether a graph is being captured, at every step of an optimizer
+    _replace(torch.cuda, "is_current_stream_capturing", lambda: False)
+    _replace(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     _replace(torch.cuda, "_lazy_call", lambda callback, **_: callback())
     for name in NOTHING_TO_DO:
         _replace(torch.cuda, name, _nothing())
@@ -164,6 +170,8 @@ def _replace_tensor_methods() -> None:
             return original_type(self, *args, **kwargs)
         return original_type(self).replace("torch.", "torch.cuda.", 1)  # optimizers look for torch.cuda.FloatTensor
 
+    for name in METHODS:
+        _replace(torch.Tensor, name, _made_on_cpu(getattr(torch.Tensor, name)))
     _replace(torch.Tensor, "to", to)
     _replace(torch.Tensor, "type", type_)
     _replace(torch.Tensor, "cuda", lambda self, *_, **__: self)

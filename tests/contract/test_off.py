@@ -37,6 +37,7 @@ for owner in (torch.cuda, torch.cuda.random):
     owner.set_rng_state = lambda state, device=None: generator.set_state(state)
     owner.manual_seed = lambda seed: generator.manual_seed(seed)
 torch.cuda.set_device = lambda device: None
+torch.cuda.current_stream = lambda device=None: None
 torch.cuda.default_generators = {torch.device("cpu"): generator}
 torch.cuda._lazy_call = lambda call, **_: call()
 def on_cpu(make):
