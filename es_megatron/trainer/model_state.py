@@ -96,9 +96,11 @@ def load_model(
         CheckpointError: no such checkpoint, a damaged one, or one of another model.
     """
     directory = Path(directory)
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        raise CheckpointError(f"`{directory}` holds no complete model checkpoint. Check the path, or use an older one.")
     with _failures_named(f"Checkpoint `{directory}` could not be loaded", "Use an older one, or its own settings."):
+        if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+            raise CheckpointError(
+                f"`{directory}` holds no complete model checkpoint. Check the path, or use an older one."
+            )
         saved: dict[str, Any] = dist_checkpointing.load_content_metadata(str(directory)) or {}
         _check_kind(directory, saved, chunks)
         state = _sharded_state(chunks, optimizer, is_loading=True)

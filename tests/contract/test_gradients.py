@@ -22,7 +22,10 @@ from tests.small_loop import RAGGED, UNMASKED, Loop, RandomRows, Step, build_exp
 from tests.small_run import META_BATCH, settings_of
 
 from megatron.core import parallel_state  # isort: skip - after the CPU layer
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker  # isort: skip
+from megatron.core.transformer.moe.moe_utils import (  # isort: skip
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+)
 
 ITERATIONS = 6
 DROPOUT = "model.dropout=0.1"
@@ -190,7 +193,7 @@ def test_experts_count_only_what_is_trained_on() -> None:
     for _ in range(4):
         steps.append(evolving.evolve())
         counted.append(moe_counters(evolving))
-    get_moe_layer_wise_logging_tracker().clear()
+    clear_aux_losses_tracker()
     restore_random_state(before)
     plain = Loop(settings, None)
     for taken, counters in zip(steps, counted, strict=True):
