@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from es_megatron.config import PRESETS, EvolvedSamplingConfig, build
 
 PREFIX = "es_"
+STRICT_VERSIONS = "--es-strict-versions"
 
 
 class Switches(NamedTuple):
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="FILE",
         help="Append the chosen ids of each iteration to this file, as lines of JSON.",
     )
+    group.add_argument(
+        STRICT_VERSIONS,
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Refuse a version of the upstream that has not been tested, though all that is patched is as declared.",
+    )
     hints, told = typing.get_type_hints(EvolvedSamplingConfig), field_help(EvolvedSamplingConfig)
     for field in dataclasses.fields(EvolvedSamplingConfig):
         group.add_argument(
@@ -70,6 +77,7 @@ def read_switches(arguments: argparse.Namespace) -> Switches:
     if not given or not given.pop("es", True):
         return Switches(None, None)
     audit = given.pop("es_audit", None)
+    given.pop("es_strict_versions", None)  # read before anything was patched
     fields = {name.removeprefix(PREFIX): value for name, value in given.items()}
     config = build(EvolvedSamplingConfig, fields, "flags --es-*")
     return Switches(config, None if audit is None else Path(audit))

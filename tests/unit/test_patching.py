@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import textwrap
@@ -25,10 +26,11 @@ from es_megatron.tools.patching import (
     read_patches,
     report,
     undo,
+    untested,
     upstream_version,
     upstreams,
 )
-from es_megatron.tools.patching.declaration import Patch, parse_version
+from es_megatron.tools.patching.declaration import Patch
 
 UPSTREAM = '''
 def step(model, optimizer):
@@ -56,24 +58,25 @@ def loud(original):
 LIST = """
 upstream: small
 version: {package}.info:VERSION
-supported: ["1.2", "1.4"]
+tested: ["1.2", "1.4"]
+broken:
+  - versions: ">=1.3.1,<1.3.3"
+    why: it saves twice
 patches:
   - name: step
     target: {package}.training:step
     glue: {package}_glue:twice
-    versions: ">=1.2,<1.5"
     parameters: [model]
     why: doubles
   - name: save
     target: {package}.training:save
     glue: {package}_glue:loud
-    versions: ">=1.2,<1.5"
     parameters: [iteration]
     why: shouts
   - name: loop
     target: {package}.training:Loop.run
     glue: {package}_glue:twice
-    versions: ">=1.4,<1.5"
+    versions: ">=1.4"
     parameters: [length]
     why: doubles a method; only from 1.4 on
 """
@@ -157,7 +160,7 @@ def test_missing_target_patches_nothing(small: Small) -> None:
     small.write("1.4.2", UPSTREAM.replace("def save", "def store"))
     step = small.training.step
     with pytest.raises(
-        PatchError, match=r"`small_upstream_\d+.training:save` does not exist.*supported version of small"
+        PatchError, match=r"`small_upstream_\d+.training:save` does not exist.*Use a version of small that was tested"
     ):
         apply(small.patches)
     assert small.training.step is step
@@ -191,15 +194,37 @@ def test_target_that_is_no_function(small: Small) -> None:
         apply(small.patches)
 
 
-@pytest.mark.parametrize(("version", "nearest"), [("1.3.0", "1.2"), ("1.5.0", "1.4"), ("2.0", "1.4"), ("0.9", "1.2")])
-def test_untried_version_is_refused_with_the_nearest(small: Small, version: str, nearest: str) -> None:
+@pytest.mark.parametrize("version", ["1.3.0", "1.5.0", "2.0", "0.9", "1.6.0rc2+abc"])
+def test_untested_version_is_judged_by_what_it_offers(small: Small, version: str) -> None:
     small.write(version, UPSTREAM)
-    assert set(states(small).values()) == {"refused"}
-    with pytest.raises(
-        PatchError, match=f"small {version} has not been tried; the nearest supported version is {nearest}"
-    ):
+    line = untested(small.patches)
+    assert line == f"small {version} has not been tested with these patches (1.2, 1.4 have)"
+    with pytest.raises(PatchError, match=rf"{re.escape(line)}, and `--es-strict-versions` is given\. Use a version of small"):
+        apply(small.patches, strict=True)
+    assert small.training.step(1, 2) == 3
+    assert {status.state for status in apply(small.patches)} == {"applied"}
+    assert small.training.step(1, 2) == 6
+
+
+def test_untested_version_that_lacks_a_target_is_refused(small: Small) -> None:
+    small.write("1.5.0", UPSTREAM.replace("def save(iteration)", "def store(iteration)"))
+    with pytest.raises(PatchError, match=r"training:save` does not exist"):
         apply(small.patches)
     assert small.training.step(1, 2) == 3
+
+
+def test_tested_version_runs_under_strict_versions(small: Small) -> None:
+    assert untested(small.patches) is None
+    assert {status.state for status in apply(small.patches, strict=True)} == {"applied"}
+
+
+@pytest.mark.parametrize(("version", "broken"), [("1.3.0", False), ("1.3.1", True), ("1.3.2rc1", True), ("1.3.3", False)])
+def test_version_known_to_break_is_refused(small: Small, version: str, broken: bool) -> None:
+    small.write(version, UPSTREAM)
+    assert (set(states(small).values()) == {"refused"}) is broken
+    if broken:
+        with pytest.raises(PatchError, match=f"small {re.escape(version)} is known not to work: it saves twice"):
+            apply(small.patches)
 
 
 def test_entries_of_other_versions_are_left_out(small: Small) -> None:
@@ -245,8 +270,10 @@ def test_report_lists_every_patch(small: Small) -> None:
     [
         (("upstream: small", "upstrem: small"), "Unknown key `upstrem`"),
         (("training:step", "training.step"), "`target` must be of the form `module:attribute`"),
-        (('">=1.2,<1.5"', '"1.2"'), "`versions` must be of the form"),
-        (('["1.2", "1.4"]', "[]"), "`supported` must be a list with at least one version"),
+        (('">=1.4"', '"1.4"'), "`versions` must be a range such as"),
+        (('">=1.3.1,<1.3.3"', '""'), "`versions` must be a range of versions"),
+        (('["1.2", "1.4"]', "[]"), "`tested` must be a list with at least one version"),
+        (('["1.2", "1.4"]', '["1.2", "next"]'), "A version must be of the form `0.16.1`, but is 'next'"),
         (('["1.2", "1.4"]', "[1.2, 1.4]"), "must be of type str, but is 1.2"),
         (("patches:", "patches: ["), "must be YAML"),
     ],
@@ -287,10 +314,10 @@ def find_glue(patch: Patch) -> str:
     return source
 
 
-def test_versions() -> None:
-    assert parse_version("0.16.1rc2+abc") == (0, 16, 1)
-    with pytest.raises(ConfigError, match="must begin with a number"):
-        parse_version("main")
+def test_what_is_no_version_is_refused(small: Small) -> None:
+    small.write("main", UPSTREAM)
+    with pytest.raises(ConfigError, match=r"must be of the form `0\.16\.1`, but is 'main'"):
+        check(small.patches)
 
 
 def test_flags_are_the_fields_of_the_settings() -> None:

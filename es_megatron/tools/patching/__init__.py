@@ -11,6 +11,7 @@ from es_megatron.tools.patching.registry import (
     patch_and_report,
     report,
     undo,
+    untested,
     upstream_version,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "read_patches",
     "report",
     "undo",
+    "untested",
     "upstream_version",
     "upstreams",
 ]

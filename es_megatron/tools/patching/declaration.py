@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 from es_megatron.config import build, require
 from es_megatron.errors import ConfigError
@@ -14,10 +16,7 @@ from es_megatron.tools.resources import resource
 
 FILE = "patches.yaml"
 
-Version = tuple[int, ...]
-
 _PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_RANGE = re.compile(r">=(\d+(?:\.\d+)*),<(\d+(?:\.\d+)*)")
 
 
 @dataclass(frozen=True)
@@ -33,27 +32,41 @@ class Patch:
     glue: str
     """`module:function`: takes the original and returns its replacement."""
 
-    versions: str
-    """Upstream versions the entry is for, `>=LOW,<HIGH`."""
-
     parameters: list[str]
     """Parameters of the original that the glue, or what it passes on, relies on."""
 
     why: str
     """What the patch is for, in a line."""
 
+    versions: str = ""
+    """Upstream versions the entry is for, such as `>=0.14,<0.16`; empty: all."""
+
     def __post_init__(self) -> None:
         """Check the forms."""
-        for field in ("target", "glue"):
-            value = getattr(self, field)
-            require(_PLACE.fullmatch(value) is not None, field, "of the form `module:attribute`", value)
-        require(_RANGE.fullmatch(self.versions) is not None, "versions", "of the form `>=LOW,<HIGH`", self.versions)
+        for name in ("target", "glue"):
+            value = getattr(self, name)
+            require(_PLACE.fullmatch(value) is not None, name, "of the form `module:attribute`", value)
+        check_range(self.versions)
 
     def covers(self, version: Version) -> bool:
         """Whether the entry is for a version."""
-        found = _RANGE.fullmatch(self.versions)
-        assert found is not None
-        return parse_version(found[1]) <= version < parse_version(found[2])
+        return is_within(version, self.versions)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Versions that are known not to work, though their targets may be as declared."""
+
+    versions: str
+    """Such as `<0.12`, or `==0.15.1`."""
+
+    why: str
+    """What goes wrong there, in a line."""
+
+    def __post_init__(self) -> None:
+        """Check the form."""
+        require(bool(self.versions), "versions", "a range of versions", self.versions)
+        check_range(self.versions)
 
 
 @dataclass(frozen=True)
@@ -64,45 +77,59 @@ class PatchList:
     """Its name, for messages."""
 
     version: str
-    """`module:attribute` that tells its version."""
+    """`module:attribute` that reports its version."""
 
-    supported: list[str]
+    tested: list[str]
     """`major.minor` of the versions that the patches have been run with."""
 
     patches: list[Patch]
 
+    broken: list[Broken] = field(default_factory=list[Broken])
+    """Versions that are refused."""
+
     def __post_init__(self) -> None:
         """Check the forms."""
         require(_PLACE.fullmatch(self.version) is not None, "version", "of the form `module:attribute`", self.version)
-        require(bool(self.supported), "supported", "a list with at least one version", self.supported)
-        for version in self.supported:
-            require(len(parse_version(version)) == 2, "supported", "a list of `major.minor`", version)
+        require(bool(self.tested), "tested", "a list with at least one version", self.tested)
+        for version in self.tested:
+            require(len(parse_version(version).release) == 2, "tested", "a list of `major.minor`", version)
 
-    def supports(self, version: Version) -> bool:
-        """Whether a version is one of those."""
-        return version[:2] in [parse_version(each) for each in self.supported]
+    def is_tested(self, version: Version) -> bool:
+        """Whether the patches have been run with a version, or another patch release of it."""
+        return (version.major, version.minor) in [parse_version(each).release for each in self.tested]
 
-    def nearest(self, version: Version) -> str:
-        """The supported version nearest to another one; of two as near the older one."""
-
-        def place(version: Version) -> int:
-            major, minor = (*version, 0)[:2]
-            return 1000 * major + minor
-
-        at = place(version)
-        return min(self.supported, key=lambda each: (abs(place(parse_version(each)) - at), parse_version(each)))
+    def why_broken(self, version: Version) -> str | None:
+        """What is known to go wrong with a version; None for nothing."""
+        return next((each.why for each in self.broken if is_within(version, each.versions)), None)
 
 
 def parse_version(text: str) -> Version:
-    """The leading numbers of a version: `0.16.1rc2+abc` is (0, 16, 1).
+    """Read a version.
 
     Raises:
-        ConfigError: it does not begin with a number.
+        ConfigError: it is none (PEP 440).
     """
-    found = re.match(r"\d+(?:\.\d+)*", text)
-    if found is None:
-        raise ConfigError(f"A version must begin with a number, but is {text!r} instead.")
-    return tuple(int(part) for part in found[0].split("."))
+    try:
+        return Version(text)
+    except InvalidVersion as error:
+        raise ConfigError(f"A version must be of the form `0.16.1`, but is {text!r} instead.") from error
+
+
+def is_within(version: Version, versions: str) -> bool:
+    """Whether a version is in a range; a release candidate counts as its release."""
+    return SpecifierSet(versions).contains(version.base_version)
+
+
+def check_range(versions: str) -> None:
+    """Refuse what is no range of versions (PEP 440).
+
+    Raises:
+        ConfigError: names it.
+    """
+    try:
+        SpecifierSet(versions)
+    except InvalidSpecifier as error:
+        raise ConfigError(f"`versions` must be a range such as `>=0.12,<0.14`, but is {versions!r} instead.") from error
 
 
 def upstreams() -> list[str]:

@@ -6,19 +6,23 @@ import functools
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from packaging.version import Version
+
 from es_megatron.errors import PatchError
-from es_megatron.tools.patching.declaration import Patch, PatchList, Version, parse_version, read_patches
+from es_megatron.frameworks.arguments import STRICT_VERSIONS
+from es_megatron.tools.patching.declaration import Patch, PatchList, parse_version, read_patches
 
 MARK = "__es_megatron_patch__"
 """Attribute of a replacement that holds (name of the patch, original)."""
 
 State = Literal["ready", "applied", "missing", "changed", "refused"]
 CURE = (
-    "Use a supported version of {upstream} ({supported}), or run without es_megatron; if this version should work, the "
-    "declaration is in patches/{upstream}/patches.yaml."
+    "Use a version of {upstream} that was tested ({tested}), or run without es_megatron; if this version should work, "
+    "the declaration is in patches/{upstream}/patches.yaml."
 )
 
 
@@ -62,33 +66,48 @@ def list_patches(upstream: str) -> list[Patch]:
 def check(patches: PatchList) -> list[Status]:
     """How every patch for the importable version stands; imports the targets, changes nothing.
 
+    A version is judged by what it offers: unless it is known to break, it does not matter whether it was tested.
+
     Raises:
-        PatchError: the upstream is not importable. An unsupported version is a status `refused`.
+        PatchError: the upstream is not importable. A version that is known to break is a status `refused`.
     """
     told = upstream_version(patches)
     version = parse_version(told)
-    if not patches.supports(version):
-        detail = (
-            f"{patches.upstream} {told} has not been tried; the nearest supported version is {patches.nearest(version)}"
-        )
+    why = patches.why_broken(version)
+    if why is not None:
+        detail = f"{patches.upstream} {told} is known not to work: {why}"
         return [Status(patch, "refused", detail) for patch in patches.patches]
     return [_status(patch) for patch in _for_version(patches, version)]
 
 
-def apply(patches: PatchList) -> list[Status]:
+def untested(patches: PatchList) -> str | None:
+    """A line that says so where the importable version has not been tested; None where it has."""
+    told = upstream_version(patches)
+    if patches.is_tested(parse_version(told)):
+        return None
+    return f"{patches.upstream} {told} has not been tested with these patches ({', '.join(patches.tested)} have)"
+
+
+def apply(patches: PatchList, *, strict: bool = False) -> list[Status]:
     """Apply all patches, or none; those applied already are left as they are.
+
+    Args:
+        patches: of the upstream.
+        strict: refuse a version that has not been tested, though all its targets are as declared.
 
     Returns:
         How each one stands now: `applied`.
 
     Raises:
-        PatchError: a version that is not supported, or a target that is missing or has changed.
+        PatchError: a version that is known to break, or a target that is missing or has changed.
     """
+    cure = CURE.format(upstream=patches.upstream, tested=", ".join(patches.tested))
+    if strict and (line := untested(patches)) is not None:
+        raise PatchError(f"Nothing was patched: {line}, and `{STRICT_VERSIONS}` is given. {cure}")
     statuses = check(patches)
     problems = [status for status in statuses if status.state not in ("ready", "applied")]
     if problems:
         told = list(dict.fromkeys(status.detail for status in problems))
-        cure = CURE.format(upstream=patches.upstream, supported=", ".join(patches.supported))
         raise PatchError(f"Nothing was patched: {'; '.join(told)}. {cure}")
     replacements = [(status.patch, _load_glue(status.patch)) for status in statuses if status.state == "ready"]
     for patch, glue in replacements:
@@ -134,13 +153,17 @@ def report(patches: PatchList, statuses: Sequence[Status]) -> list[str]:
 def patch_and_report(upstream: str) -> None:
     """Apply all patches of an upstream, and list them on rank 0.
 
+    `--es-strict-versions` is looked for on the command line itself, which the script has not parsed yet.
+
     Raises:
         PatchError: it is not as the patches rely on; nothing is changed then.
     """
     patches = read_patches(upstream)
-    statuses = apply(patches)
+    statuses = apply(patches, strict=STRICT_VERSIONS in sys.argv)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(report(patches, statuses)), flush=True)
+        if (line := untested(patches)) is not None:
+            print(f"es_megatron: {line}; every target is as declared, so it runs ({STRICT_VERSIONS} refuses it)", flush=True)
 
 
 def _for_version(patches: PatchList, version: Version) -> list[Patch]:
