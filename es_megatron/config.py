@@ -237,6 +237,11 @@ class EvolvedSamplingConfig:
         return min(seq_length, math.ceil(self.prefix_share * seq_length / PREFIX_MULTIPLE) * PREFIX_MULTIPLE)
 
     @property
+    def makes_passes(self) -> bool:
+        """Whether the run makes scoring passes of its own."""
+        return self.scores and self.scorer in ("fresh", "prefix", "every-k")
+
+    @property
     def learns(self) -> bool:
         """Whether losses change scores."""
         return self.scores and self.scorer != "external"

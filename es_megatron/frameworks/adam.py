@@ -52,8 +52,8 @@ class GroupAdam(torch.optim.Optimizer):
         for name, value in switches.items():
             if value not in (None, False):
                 raise ConfigError(
-                    f"`{name}` must be off without Transformer Engine or Apex, but is {value!r} instead: the Adam that "
-                    f"stands in for theirs does not have it. {SWITCHES.get(name, 'Switch it off')}, or install one of them."
+                    f"`{name}` must be off without Transformer Engine or Apex, but is {value!r} instead: the Adam in "
+                    f"their place does not have it. {SWITCHES.get(name, 'Switch it off')}, or install one of them."
                 )
         self.adam_w_mode = adam_w_mode
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})

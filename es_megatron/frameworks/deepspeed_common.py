@@ -23,6 +23,7 @@ from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.compatibility import DEEPSPEED, refuse
 from es_megatron.config import EvolvedSamplingConfig, build
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
@@ -44,29 +45,13 @@ ES_STATE = "es_state"
 LATEST = "latest"
 UNIVERSAL = "_universal"
 
-UNSUPPORTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "curriculum_learning": (
-        "it shortens sequences behind the sampler's back",
-        lambda engine: asked(engine, "curriculum_learning") or bool(engine.curriculum_learning_enabled()),
-    ),
-    "random_ltd": (
-        "it drops tokens in training that the score would see",
-        lambda engine: bool(engine.random_ltd_enabled()),
-    ),
-    "progressive_layer_drop": (
-        "it drops layers in training that the score would pass",
-        lambda engine: asked(engine, "progressive_layer_drop"),
-    ),
-    "MoE layers": (
-        "their capacity in evaluation is another than in training",
-        lambda engine: bool(engine.has_moe_layers),
-    ),
-    "sequence_parallel_size": (
-        "losses of one sequence would be spread over ranks",
-        lambda engine: int(engine.sequence_parallel_size) > 1,
-    ),
+FEATURES: Mapping[str, Callable[[Any], Any]] = {
+    "curriculum_learning": lambda engine: asked(engine, "curriculum_learning") or engine.curriculum_learning_enabled(),
+    "random_ltd": lambda engine: engine.random_ltd_enabled(),
+    "moe_layers": lambda engine: engine.has_moe_layers,
+    "sequence_parallel_size": lambda engine: engine.sequence_parallel_size,
 }
-"""Features of DeepSpeed that a scoring pass would get wrong: why, and whether an engine uses them."""
+"""Features that an engine knows of itself; others are blocks of its configuration."""
 
 
 def prepare() -> None:
@@ -109,13 +94,12 @@ def check_engine(engine: Any, config: EvolvedSamplingConfig) -> None:
             "`zero_optimization.stage` must be 1 or more with bf16 and Adam: DeepSpeed's bf16 optimizer without ZeRO "
             "takes a step of its own at the start, which shifts Adam's bias correction. Use stage 1."
         )
-    if config.arm == "plain":
-        return
-    for name, (reason, uses) in UNSUPPORTED.items():
-        if uses(engine):
-            raise ConfigError(
-                f"`{name}` must be off with Evolved Sampling: {reason}. Switch it off, or use `arm: plain`."
-            )
+
+    def feature(name: str) -> Any:
+        return FEATURES[name](engine) if name in FEATURES else asked(engine, name)
+
+    if config.arm != "plain":
+        refuse(DEEPSPEED, feature, config)
 
 
 def asked(engine: Any, block: str) -> bool:

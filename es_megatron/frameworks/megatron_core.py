@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
-from es_megatron.compatibility import CONTEXT_PARALLEL, OFF_VALUES, UNSUPPORTED
+from es_megatron.compatibility import MODEL, refuse
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.engine import EvolvedSampling
@@ -231,26 +231,29 @@ def parameters_gathered(chunks: list[torch.nn.Module], gathered: bool) -> Genera
             config.param_sync_func = function
 
 
-def check_model(config: Any) -> None:
-    """Refuse model settings whose scoring pass would be wrong.
+def check_model(model_config: Any, config: EvolvedSamplingConfig) -> None:
+    """Refuse model settings that would score or train wrongly with these settings of Evolved Sampling.
 
     Args:
-        config: Megatron-Core's `TransformerConfig`.
+        model_config: Megatron-Core's `TransformerConfig`, or Megatron-LM's arguments.
+        config: whose arm and scorer decide which rows of the table hold.
 
     Raises:
-        ConfigError: names the setting and why.
+        ConfigError: names the setting, why, and the cure.
     """
-    for name, reason in UNSUPPORTED.items():
-        if getattr(config, name, None) not in OFF_VALUES:
-            raise ConfigError(
-                f"`{name}` must be off with Evolved Sampling, but is {getattr(config, name)!r} instead: {reason}. "
-                "Switch it off, or use `arm: plain`."
-            )
-    if config.context_parallel_size > 1:
-        raise ConfigError(
-            f"`context_parallel_size` must be 1 with Evolved Sampling, but is {config.context_parallel_size} instead: "
-            f"{CONTEXT_PARALLEL}. Use tensor or pipeline parallelism, or `arm: plain`."
-        )
+    refuse(MODEL, lambda name: getattr(model_config, name, None), config)
+
+
+def reads_data(model_config: Any) -> bool:
+    """Whether the forward step of this stage asks for data.
+
+    The first and the last stage do, and those that a `pipeline_model_parallel_layout` gives layers of multi-token
+    prediction (`mtp_on_this_rank` of Megatron-Core 0.16 and later).
+    """
+    layout = getattr(getattr(model_config, "pipeline_model_parallel_layout", None), "layout", None)
+    own: Any = [] if layout is None else layout[parallel_state.get_pipeline_model_parallel_rank()]
+    ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    return ends or any(layer.name == "mtp" for chunk in own for layer in chunk)
 
 
 def attach(  # noqa: PLR0913 - one call says all
@@ -272,7 +275,7 @@ def attach(  # noqa: PLR0913 - one call says all
     Args:
         config: settings.
         manifest: the blend.
-        rows: its samples by id; only read on the first and last pipeline stage.
+        rows: its samples by id; only read on the stages that `reads_data`.
         model_config: the model's `TransformerConfig`.
         global_batch_size: the meta-batch, B.
         micro_batch_size: sequences in a training micro-batch.
@@ -285,8 +288,7 @@ def attach(  # noqa: PLR0913 - one call says all
     Raises:
         ConfigError, LayoutError: what cannot work, before the first iteration.
     """
-    if config.arm != "plain":
-        check_model(model_config)
+    check_model(model_config, config)
     replica, source = replica_of_parallel_state()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
@@ -302,9 +304,8 @@ def attach(  # noqa: PLR0913 - one call says all
     )
     check_micro_batches(engine.plan, micro_batch_size * replica.dp_size, pipeline, virtual)
     check_scoring_size(config, len(engine.own), pipeline, virtual)
-    reads = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
     feed = None
-    if reads and rows is not None:
+    if rows is not None and reads_data(model_config):
         feed = MetaBatchFeed(
             rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=config.mask_lag
         )

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from es_megatron.checkpoint.sealed import parse_json
-from es_megatron.compatibility import REFUSED_BY_MEGATRON_DEEPSPEED
+from es_megatron.compatibility import MEGATRON_DEEPSPEED, MEGATRON_LM
+from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.frameworks import megatron_lm
@@ -31,18 +32,16 @@ from es_megatron.frameworks.megatron_lm_data import (
     upstream_parts,
     weigh_sources,
 )
-from es_megatron.frameworks.megatron_lm_settings import REFUSED, StartingPoint, check_pruner, refuse
-
-REFUSED_HERE = {**REFUSED, **REFUSED_BY_MEGATRON_DEEPSPEED}
+from es_megatron.frameworks.megatron_lm_settings import StartingPoint, check_pruner, refuse_arguments
 
 
-def check_settings(args: Namespace) -> None:
+def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
     """Refuse what cannot work, or has not been tried.
 
     Raises:
         ConfigError: names the flag, why, and the cure.
     """
-    refuse(args, REFUSED_HERE)
+    refuse_arguments(args, (*MEGATRON_LM, *MEGATRON_DEEPSPEED), config)
     check_pruner(args)
     if getattr(args, "es_scorer", None) == "prefix" or getattr(args, "es_policy", None) == "grad-norm":
         raise ConfigError(

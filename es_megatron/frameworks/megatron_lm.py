@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
+from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.errors import CheckpointError
@@ -49,8 +50,8 @@ class Dialect:
 
     home: str
     """Module that has `get_args` and `get_tensorboard_writer`."""
-    check: Callable[[Namespace], None]
-    """Refuses settings."""
+    check: Callable[[Namespace, EvolvedSamplingConfig], None]
+    """Refuses arguments that cannot work with these settings."""
     read_sources: Callable[[Namespace], Sources]
     make_samples: Callable[[Manifest, list[SplitRows], Any], ComponentRows]
     """Makes samples of rows and upstream's training dataset."""
@@ -109,7 +110,7 @@ def start(dialect: Dialect) -> None:
     switches = read_switches(args)
     if switches.config is None or getattr(args, "skip_train", False) or _run is not None:
         return
-    dialect.check(args)
+    dialect.check(args, switches.config)
     manifest = Manifest.from_json(_from_first_rank(lambda: _describe(dialect, args)))
     _begin(args, dialect, switches, manifest, _from_first_rank(lambda: dialect.find_start(args)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,36 +11,9 @@ from typing import NamedTuple
 
 from es_megatron.algorithm.pruners import PRUNERS
 from es_megatron.checkpoint.sealed import parse_json
+from es_megatron.compatibility import MEGATRON_LM, MODEL, Refusal, refuse
+from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import CheckpointError, ConfigError
-
-REFUSED = {
-    "rampup_batch_size": "the meta-batch must stay the same through the run",
-    "step_batch_size_schedule": "the meta-batch must stay the same through the run",
-    "decrease_batch_size_if_needed": "the meta-batch must stay the same through the run",
-    "iterations_to_skip": "skipped iterations read training data outside the schedule",
-    "phase_transition_iterations": "a phase begins anew in its own data order",
-    "perform_rl_step": "training data is made during the run, so no sample comes back",
-    "sft": "packed samples are not rows of a one-epoch packing",
-    "fim_data": "samples are transformed at random, so a sample has no identity",
-    "mock_data": "there is no text to score",
-    "hybrid_context_parallel": "sequences of a batch would be regrouped",
-    "dataloader_inter_document_masking": "packed sequences have not been tried",
-    "non_persistent_save_interval": "scores are saved with persistent checkpoints only",
-    "ckpt_convert_format": "a conversion does not train",
-    "use_megatron_fsdp": "it has not been tried",
-    "use_torch_fsdp2": "it has not been tried",
-    "external_cuda_graph": "a captured graph is bound to one micro-batch shape and mode",
-    "optimizer_cuda_graph": "it has not been tried",
-    "moe_expert_rank_capacity_factor": "its wrapper of the schedule has not been tried",
-    "modelopt_enabled": "distillation and pruning of weights have not been tried",
-    "logits_load_dir": "distillation has not been tried",
-    "vision_pretraining": "only text is supported",
-    "inprocess_restart": "a restarted run would keep the process groups of the one before",
-    "yaml_cfg": "flags of the command line are not read with it",
-}
-"""Arguments that must be off, and why; those a version does not have are off."""
-
-OFF = (None, False, 0, [], ())
 
 
 class StartingPoint(NamedTuple):
@@ -54,13 +27,13 @@ class StartingPoint(NamedTuple):
     """Iteration at which Evolved Sampling began, or begins now."""
 
 
-def check_settings(args: Namespace) -> None:
+def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
     """Refuse what cannot work before anything is built.
 
     Raises:
         ConfigError: names the flag, why, and the cure.
     """
-    refuse(args, REFUSED)
+    refuse_arguments(args, MEGATRON_LM, config)
     check_pruner(args)
     if args.dataloader_type not in ("single", "cyclic"):
         raise ConfigError(
@@ -107,19 +80,13 @@ def find_start(args: Namespace) -> StartingPoint:
     return StartingPoint(iteration, str(folder), int(state["started_at"]))
 
 
-def refuse(args: Namespace, refused: Mapping[str, str]) -> None:
-    """Refuse arguments that are not off.
+def refuse_arguments(args: Namespace, rows: Sequence[Refusal], config: EvolvedSamplingConfig) -> None:
+    """Refuse arguments that some rows of the table, or those about the model, do not allow.
 
     Raises:
         ConfigError: names the flag, why, and the cure.
     """
-    for name, reason in refused.items():
-        value = getattr(args, name, None)
-        if value not in OFF:
-            raise ConfigError(
-                f"`--{name.replace('_', '-')}` must be off with Evolved Sampling, but is {value!r} instead: {reason}. "
-                "Leave it out, or run with --no-es."
-            )
+    refuse((*rows, *MODEL), lambda name: getattr(args, name, None), config, lambda name: f"--{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import yaml
 
 from es_megatron.checkpoint import disk
+from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import CheckpointError, ConfigError, DataError, EsError, LayoutError, LossError
 from es_megatron.tools import cli
 from es_megatron.trainer.model import initialize
@@ -395,12 +396,16 @@ def test_the_hook_refuses_what_it_cannot_do() -> None:
     from es_megatron.frameworks.megatron_core import check_model, mask_of_partial
 
     config = loop.chunks[0].config
-    for name, value in (("mtp_num_layers", 1), ("context_parallel_size", 2), ("fp8", "e4m3")):
-        before = getattr(config, name)
-        setattr(config, name, value)
-        with pytest.raises(ConfigError, match=f"`{name}` must be .*plain"):
-            check_model(config)
-        setattr(config, name, before)
+    for settings in (EvolvedSamplingConfig(), EvolvedSamplingConfig(preset="paper")):
+        check_model(config, settings)
+        config.context_parallel_size = 2
+        with pytest.raises(ConfigError, match="`context_parallel_size` must be 1 with Evolved Sampling, but is 2"):
+            check_model(config, settings)
+        config.context_parallel_size = 1
+    config.fp8, config.mtp_num_layers = "e4m3", 1
+    check_model(config, EvolvedSamplingConfig())
+    with pytest.raises(ConfigError, match=r"`fp8_recipe` must be .* but is 'delayed' instead: .* `scorer: history`"):
+        check_model(config, EvolvedSamplingConfig(preset="paper"))
     with pytest.raises(ConfigError, match="loss_mask_of"):
         mask_of_partial(lambda output: output)
 

@@ -118,11 +118,11 @@ def test_run_that_is_over() -> None:
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        check_settings(arguments(**changes))
+        check_settings(arguments(**changes), EvolvedSamplingConfig())
 
 
 def test_usual_arguments_are_taken() -> None:
-    check_settings(arguments(rampup_batch_size=None, iterations_to_skip=[], sft=False))
+    check_settings(arguments(rampup_batch_size=None, iterations_to_skip=[], sft=False), EvolvedSamplingConfig())
 
 
 class TestStart:

@@ -199,7 +199,9 @@ def test_untested_version_is_judged_by_what_it_offers(small: Small, version: str
     small.write(version, UPSTREAM)
     line = untested(small.patches)
     assert line == f"small {version} has not been tested with these patches (1.2, 1.4 have)"
-    with pytest.raises(PatchError, match=rf"{re.escape(line)}, and `--es-strict-versions` is given\. Use a version of small"):
+    with pytest.raises(
+        PatchError, match=rf"{re.escape(line)}, and `--es-strict-versions` is given\. Use a version of small"
+    ):
         apply(small.patches, strict=True)
     assert small.training.step(1, 2) == 3
     assert {status.state for status in apply(small.patches)} == {"applied"}
@@ -218,7 +220,9 @@ def test_tested_version_runs_under_strict_versions(small: Small) -> None:
     assert {status.state for status in apply(small.patches, strict=True)} == {"applied"}
 
 
-@pytest.mark.parametrize(("version", "broken"), [("1.3.0", False), ("1.3.1", True), ("1.3.2rc1", True), ("1.3.3", False)])
+@pytest.mark.parametrize(
+    ("version", "broken"), [("1.3.0", False), ("1.3.1", True), ("1.3.2rc1", True), ("1.3.3", False)]
+)
 def test_version_known_to_break_is_refused(small: Small, version: str, broken: bool) -> None:
     small.write(version, UPSTREAM)
     assert (set(states(small).values()) == {"refused"}) is broken

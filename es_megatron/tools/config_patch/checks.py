@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from es_megatron.compatibility import CONTEXT_PARALLEL, REFUSED_BY_MEGATRON_DEEPSPEED, UNSUPPORTED
+from es_megatron.compatibility import MEGATRON_DEEPSPEED, MEGATRON_LM, MODEL, Refusal, find
 from es_megatron.config import EvolvedSamplingConfig
-from es_megatron.frameworks.megatron_lm_settings import REFUSED
 from es_megatron.tools.config_patch.existing_run import ExistingRun
 from es_megatron.tools.config_patch.findings import Finding, note, ok, refuse
 from es_megatron.tools.config_patch.shell_values import shown
@@ -14,20 +13,6 @@ from es_megatron.tools.config_patch.shell_values import shown
 LOADER_PREFETCH = 2
 """Meta-batches that a loader worker reads ahead."""
 
-CURES = {
-    "rampup_batch_size": "drop it, and begin with the final global batch size (a lower rate or a longer warm-up helps)",
-    "mock_data": "give real data with `--data-path`",
-    "fim_data": "write the rewritten documents to a corpus of their own once, and train on that",
-    "sft": "use the pretraining data path",
-    "yaml_cfg": "give the same settings as flags",
-    "fp8": "train in bf16",
-    "fp4": "train in bf16",
-    "enable_cuda_graph": "switch CUDA graphs off",
-    "external_cuda_graph": "switch CUDA graphs off",
-    "cuda_graph_impl": "switch CUDA graphs off",
-    "context_parallel_size": "use tensor or pipeline parallelism, with sequence parallelism for long sequences",
-    "hybrid_context_parallel": "use tensor or pipeline parallelism",
-}
 READERS = {
     "yaml": (
         "the block does nothing by itself, and Megatron-LM's `--yaml-cfg` does not know it",
@@ -58,40 +43,42 @@ def check(run: ExistingRun, config: EvolvedSamplingConfig) -> list[Finding]:
     return [finding for group in groups for finding in group(run, config)]
 
 
-def flag(run: ExistingRun, name: str) -> str:
-    """An option as it stands in the config, with its value."""
-    values = " ".join(shown(value) for value in run.options.get(name, ()))
+def flag(run: ExistingRun, name: str, default: str | None = None) -> str:
+    """An option as it stands in the config, with its value, or the one it has where it is not given."""
+    values = " ".join(shown(value) for value in run.options.get(name, (default,) if default else ()))
     if run.kind in ("yaml", "deepspeed"):
         return f"`{name}: {values}`"
     spelled = {"num_moe_experts": "num-experts", "fp8": "fp8-format", "fp4": "fp4-format"}.get(name, name)
     return f"`--{spelled.replace('_', '-')}{' ' if values else ''}{values}`"
 
 
+def refusals(run: ExistingRun, rows: Sequence[Refusal], config: EvolvedSamplingConfig) -> list[Finding]:
+    """Rows of the table of refusals that a run breaks; the run itself would refuse the same."""
+
+    def setting(name: str) -> list[str] | bool | None:
+        return [shown(value) for value in run.options[name]] or True if name in run.options else None
+
+    found = list(find(rows, setting, config))
+    return [refuse(flag(run, row.name, row.default), row.why + told_of(row, config), row.way_out()) for row in found]
+
+
+def told_of(row: Refusal, config: EvolvedSamplingConfig) -> str:
+    """Which setting of Evolved Sampling makes a row hold, where not all of them do."""
+    return f" (`scorer: {config.scorer}` makes a scoring pass)" if row.extent == "scoring" else ""
+
+
 def check_model(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Finding]:
-    """Model settings that the scoring pass cannot live with."""
-    found = False
-    for name, reason in UNSUPPORTED.items():
-        if run.on(name):
-            found = True
-            yield refuse(flag(run, name), reason, CURES.get(name, "switch it off"))
-    if run.on("context_parallel_size") and run.context != 1:
-        found = True
-        yield refuse(flag(run, "context_parallel_size"), CONTEXT_PARALLEL, CURES["context_parallel_size"])
-    mixed = run.value("mixed_precision")
-    if mixed is not None and ("fp8" in mixed or "fp4" in mixed) and not run.on("fp8"):
-        found = True
-        yield refuse(flag(run, "mixed_precision"), UNSUPPORTED["fp8"], CURES["fp8"])
+    """Model settings that this arm and scorer cannot live with."""
+    found = refusals(run, MODEL, config)
+    yield from found
     if not found:
-        yield ok("model", "no FP8 or FP4, CUDA graphs, context parallelism, multi-token prediction")
+        yield ok("model", "precision, CUDA graphs and parallelism go with this arm and scorer")
 
 
 def check_run(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Finding]:
     """Options of the training script that the data order or the schedule cannot live with."""
-    found = False
-    for name, reason in {**REFUSED, **(REFUSED_BY_MEGATRON_DEEPSPEED if run.on("deepspeed") else {})}.items():
-        if run.on(name) and name not in UNSUPPORTED:
-            found = True
-            yield refuse(flag(run, name), reason, CURES.get(name, "switch it off"))
+    found = refusals(run, (*MEGATRON_LM, *(MEGATRON_DEEPSPEED if run.on("deepspeed") else ())), config)
+    yield from found
     if not found:
         yield ok("batches", "of one size, without made-up or rewritten samples")
     packing = [name for name in PACKING if run.on(name)]

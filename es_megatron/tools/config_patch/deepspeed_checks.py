@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+from es_megatron.compatibility import DEEPSPEED, find
+from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.tools.config_patch.existing_run import ExistingRun
 from es_megatron.tools.config_patch.findings import Finding, note, ok, refuse
 
-OWN_ORDER = "DeepSpeed's own sampler would choose the samples, and it knows them by index only"
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
-REFUSED = {
-    "curriculum_learning": (OWN_ORDER, "switch it off"),
-    "data_efficiency": (OWN_ORDER, "switch it off"),
-    "progressive_layer_drop": ("the scoring pass would drop other layers than training does", "switch it off"),
-    "hybrid_engine": ("it is for reinforcement learning, which makes its samples as it goes", "switch it off"),
-    "autotuning": ("it changes batch sizes from run to run", "tune first, then patch the config it found"),
-    "compression_training": ("quantisation and pruning schedules count forward passes", "switch it off"),
-}
 NOTED = {
     "elasticity": (
         "the micro-batch size depends on the number of GPUs, and b must fit each of them",
@@ -39,15 +32,13 @@ def enabled(config: Mapping[str, Any], name: str) -> bool:
     return bool(block) and block.get("enabled", True) is True
 
 
-def check_deepspeed(run: ExistingRun) -> Iterator[Finding]:
-    """Findings about a DeepSpeed JSON."""
+def check_deepspeed(run: ExistingRun, settings: EvolvedSamplingConfig) -> Iterator[Finding]:
+    """Findings about a DeepSpeed JSON, for settings of Evolved Sampling."""
     config = run.deepspeed
     yield from _zero(config)
-    found = False
-    for name, (why, cure) in REFUSED.items():
-        if enabled(config, name):
-            found = True
-            yield refuse(f"`{name}`", why, cure)
+    found = list(find(DEEPSPEED, lambda name: enabled(config, name) or None, settings))
+    for row in found:
+        yield refuse(f"`{row.name}`", row.why, row.way_out())
     if not found:
         yield ok("data order", "no curriculum, data efficiency, layer drop or autotuning of DeepSpeed's own")
     for name, (why, cure) in NOTED.items():

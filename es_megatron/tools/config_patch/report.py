@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def examine_run(run: ExistingRun, wishes: Wishes) -> tuple[list[Finding], Proposal]:
     """Findings about one run, and what Evolved Sampling would do in it."""
-    findings = list(check_deepspeed(run)) if run.kind == "deepspeed" else []
+    findings = list(check_deepspeed(run, wishes.config)) if run.kind == "deepspeed" else []
     findings += check(run, wishes.config)
     sizes, more = measure(run)
     passes = passes_of(run, wishes.passes)

@@ -163,7 +163,10 @@ def patch_and_report(upstream: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(report(patches, statuses)), flush=True)
         if (line := untested(patches)) is not None:
-            print(f"es_megatron: {line}; every target is as declared, so it runs ({STRICT_VERSIONS} refuses it)", flush=True)
+            print(
+                f"es_megatron: {line}; every target is as declared, so it runs ({STRICT_VERSIONS} refuses it)",
+                flush=True,
+            )
 
 
 def _for_version(patches: PatchList, version: Version) -> list[Patch]:
