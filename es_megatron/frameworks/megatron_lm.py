@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.errors import CheckpointError
+from es_megatron.frameworks import auxiliary_losses
 from es_megatron.frameworks.arguments import Switches, read_switches
 from es_megatron.frameworks.audit import Audit
 from es_megatron.frameworks.feed import MetaBatchFeed
@@ -289,6 +291,13 @@ def _expected_folder() -> Generator[None]:
         logger.removeFilter(unless_expected)
 
 
+def correct_auxiliary_losses() -> None:
+    """Before Megatron logs an iteration: it will divide sums over k micro-batches by their number in a plain run, m."""
+    record = None if _run is None else _run.sampling.engine.last
+    if _run is not None and record is not None:
+        auxiliary_losses.rescale(_run.sampling.engine.meta_batch / len(record.chosen))
+
+
 def log(iteration: int) -> None:
     """A line after Megatron's own, on the rank that prints that."""
     if _run is None or iteration % _run.args.log_interval:
@@ -304,10 +313,11 @@ def log(iteration: int) -> None:
         totals.sequences_trained * tokens,
     )
     score, train = (1e3 * seconds.get(part, 0.0) / _run.args.log_interval for part in ("score", "train"))
+    losses = {"meta-batch loss": record.meta_loss, "trained loss": record.chosen_loss}  # a free scorer has no first one
     parts = [
         f"es: iteration {iteration:8d}/{_run.args.train_iters:8d}",
         f"es kept: {len(record.chosen)}/{engine.meta_batch}",
-        f"meta-batch loss: {record.meta_loss:.6E}",
+        *(f"{name}: {loss:.6E}" for name, loss in losses.items() if math.isfinite(loss)),
         f"saved so far: {saved:.1%}",
         f"tokens forwarded: {forwarded:.3f} M",
         f"tokens trained: {trained:.3f} M",

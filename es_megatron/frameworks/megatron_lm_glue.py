@@ -96,9 +96,10 @@ def save(original: Function) -> Function:
 
 
 def log(original: Function) -> Function:
-    """A line of our own follows Megatron's."""
+    """A line of our own follows Megatron's, which reports its auxiliary losses as means over what was trained."""
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
+        megatron_lm.correct_auxiliary_losses()
         told = original(*args, **kwargs)
         megatron_lm.log(int(inspect.signature(original).bind(*args, **kwargs).arguments["iteration"]))
         return told
