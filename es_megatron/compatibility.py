@@ -173,8 +173,9 @@ def _mixed_precision(setting: Setting) -> bool:
     return quantised and not any(part in text for part in STATELESS_MIXED) and not is_on(setting("fp8"))
 
 
-# --- CUDA graphs. Of one layer: `enable_cuda_graph` or `cuda_graph_impl: local` is Megatron's own, `external_cuda_graph`
-# or `transformer_engine` is Transformer Engine's. Of a whole iteration: `full_iteration`, an implementation or a scope.
+# --- CUDA graphs. Of one layer: `enable_cuda_graph` or `cuda_graph_impl: local` are Megatron's own,
+# `external_cuda_graph` or `transformer_engine` are Transformer Engine's. Of a whole iteration: `full_iteration`, which is
+# an implementation or a scope.
 
 
 def _graphs(setting: Setting) -> bool:

@@ -115,6 +115,15 @@ class Site:
         assert found is not None, "no version in the checkout"
         return int(found[1])
 
+    def untested(self) -> Site:
+        """The checkout as a version that nobody has tested: links to all of it, but for the file with the version."""
+        copy = self.root / "untested"
+        link(self.checkout, copy, ("megatron", "core", "package_info.py"))
+        link(self.checkout, copy, ("pretrain_gpt.py",))  # the runner goes by where the script really is
+        text = (copy / "megatron" / "core" / "package_info.py").read_text()
+        (copy / "megatron" / "core" / "package_info.py").write_text(re.sub(r"(?m)^MINOR = \d+", "MINOR = 99", text))
+        return Site(self.root, copy)
+
     def run(
         self,
         name: str,
@@ -163,6 +172,20 @@ class Site:
             "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
             "SCRIPT_FOLDER": str(self.checkout),
         }
+
+
+def link(source: Path, target: Path, copied: Sequence[str]) -> None:
+    """Make a folder of links to what is in another, but for one file below it, by its path, which is copied."""
+    target.mkdir(exist_ok=True)
+    for entry in source.iterdir():
+        place = target / entry.name
+        if entry.name != copied[0]:
+            place.exists() or place.symlink_to(entry)
+        elif len(copied) > 1:
+            link(entry, place, copied[1:])
+        else:
+            place.unlink(missing_ok=True)
+            place.write_bytes(entry.read_bytes())
 
 
 def run_to_end(command: Sequence[str], log: Path, folder: Path, environment: dict[str, str]) -> int:

@@ -103,6 +103,7 @@ def install() -> bool:
     _replace(torch.cuda, "_lazy_call", lambda callback, **_: callback())
     for name in NOTHING_TO_DO:
         _replace(torch.cuda, name, _nothing())
+    _replace(torch.distributed, "all_to_all_single", _with_sizes_as_lists(torch.distributed.all_to_all_single))
     _reach_imported_megatron()
     _replace(torch, "compile", _identity_compile)  # megatron-core compiles helpers at import: minutes, and a compiler
     logging.getLogger(RNG_LOGGER).addFilter(_expected_rng_change)
@@ -212,6 +213,19 @@ def _nothing() -> Callable[..., None]:
         return None
 
     return do_nothing
+
+
+def _with_sizes_as_lists(exchange: Callable[..., Any]) -> Callable[..., Any]:
+    """Let experts' tokens be exchanged: megatron makes arrays of split sizes only of tensors that are on a GPU."""
+
+    @functools.wraps(exchange)
+    def exchange_all(output: Any, input: Any, *sizes: Any, **named: Any) -> Any:
+        def listed(value: Any) -> Any:
+            return value.tolist() if isinstance(value, torch.Tensor) else value
+
+        return exchange(output, input, *map(listed, sizes), **{name: listed(value) for name, value in named.items()})
+
+    return exchange_all
 
 
 def _reach_imported_megatron() -> None:

@@ -64,6 +64,7 @@ def adapt_megatron_core() -> None:
     if cpu.installed():
         _keep_pipeline_outputs()
         _answer_about_transformer_engine()
+        _route_without_transformer_engine()
 
 
 def _keep_pipeline_outputs() -> None:
@@ -91,6 +92,14 @@ def _answer_about_transformer_engine() -> None:
         core.get_te_version()
     except ModuleNotFoundError:
         core._te_version = core.PkgVersion("0.0")
+
+
+def _route_without_transformer_engine() -> None:
+    """Let core_v0.16 route tokens to experts: it asks for Transformer Engine's matrix product also without it."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _give_checkpoints_a_format() -> None:

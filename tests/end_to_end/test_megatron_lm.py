@@ -36,6 +36,33 @@ LAYOUTS = {
     "TP2-larger-scoring-batch": (2, ["--tensor-model-parallel-size", "2", "--es-scoring-micro-batch-size", "8"]),
 }
 PLAIN_LAYOUTS = ["DP2", "PP2", "TP2", "PP2xDP2", "VPP2"]
+SHORT = ["--train-iters", "40"]
+PRESETS = {"paper": SCORES, "default": ["--es-pruning-ratio", "0.25", "--es-keep-ratio", "0.25", "--es-mask-lag", "2"]}
+EXPERTS = [
+    *(
+        "--num-experts",
+        "4",
+        "--moe-router-topk",
+        "2",
+        "--moe-token-dispatcher-type",
+        "alltoall",
+        "--disable-bias-linear",
+    ),
+    *("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.01"),
+    *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
+]
+PREDICTION = [
+    *("--mtp-num-layers", "1", "--position-embedding-type", "rope"),
+    "--untie-embeddings-and-output-weights",  # tied, upstream cannot load this on two stages
+]
+STAGES = ["--pipeline-model-parallel-size", "4", "--pipeline-model-parallel-layout"]
+FEATURES = {"experts": (EXPERTS, "load_balancing_loss"), "prediction": (PREDICTION, "mtp_1 loss")}
+"""Flags of a feature of the model, and what its loss is called in Megatron's log."""
+FEATURE_LAYOUTS = {
+    "experts-EP2": (2, ["--expert-model-parallel-size", "2"]),
+    "prediction-PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "prediction-on-a-stage-of-its-own": (4, [*STAGES, "Et|ttt|m|L"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -171,17 +198,121 @@ def test_validation_data_is_that_of_the_plain_run(site: Site, weights: list[str]
     assert sizes(plain) == sizes(reference)
 
 
+class Feature:
+    """A feature of the model in one checkout: its weights, and uninterrupted runs of one rank, made when asked for."""
+
+    def __init__(self, site: Site, name: str) -> None:
+        self.site, self.name = site, name
+        self.flags = [*FEATURES[name][0], "--tensorboard-dir", str(site.root / f"{name}-board")]
+        self.loss = FEATURES[name][1]
+        folder = str(site.root / f"{name}-weights")
+        still = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0"]
+        made = site.run(folder, [*self.flags, *still, "--save", folder, "--save-interval", "1"], patched=False)
+        self.fails_by_itself = made.code != 0
+        self.weights = ["--load", folder, "--finetune", "--no-load-optim", "--no-load-rng"]
+        self._uninterrupted: dict[tuple[str, str], Outcome] = {}
+
+    def run(self, name: str, preset: str, flags: list[str], ranks: int = 1) -> Outcome:
+        given = [*self.flags, *SHORT, *PRESETS[preset], *flags]
+        return succeeded(self.site.run(f"{self.name}-{preset}-{name}", given, ranks=ranks))
+
+    def uninterrupted(self, preset: str, layout: str = "one rank") -> Outcome:
+        key = preset, layout
+        if key not in self._uninterrupted:
+            ranks, flags = FEATURE_LAYOUTS.get(layout, (1, []))
+            self._uninterrupted[key] = self.run(layout.replace(" ", "-"), preset, [*self.weights, *flags], ranks)
+        return self._uninterrupted[key]
+
+
+@pytest.fixture(scope="module")
+def features(site: Site) -> dict[str, Feature]:
+    return {}
+
+
+def feature_of(features: dict[str, Feature], site: Site, name: str) -> Feature:
+    if name not in features:
+        features[name] = Feature(site, name)
+    if features[name].fails_by_itself:
+        pytest.skip(f"{name} of this checkout fails by itself without Transformer Engine")
+    return features[name]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("layout", FEATURE_LAYOUTS)
+def test_experts_and_multi_token_prediction(site: Site, features: dict[str, Feature], layout: str, preset: str) -> None:
+    """On several ranks: the sequences of one rank, and auxiliary losses that are means over what was trained."""
+    feature = feature_of(features, site, layout.split("-")[0])
+    if STAGES[-1] in FEATURE_LAYOUTS[layout][1] and site.minor_version < 16:
+        pytest.skip("before core_v0.16 multi-token prediction is on the last stage only")
+    reference, outcome = feature.uninterrupted(preset), feature.uninterrupted(preset, layout)
+    assert outcome.chosen() == reference.chosen()
+    # the balancing loss of a micro-batch depends on which sequences meet in it, and so on the number of ranks
+    close = 1e-3 if feature.name == "experts" else 2e-6
+    assert outcome.meta_losses() == pytest.approx(reference.meta_losses(), rel=close)
+    for each in (reference, outcome):
+        kept = {iteration: len(ids) for iteration, ids in each.chosen().items()}
+        assert set(kept.values()) == {4, 16}
+        lost = {iteration: float(value) for iteration, value in each.values(feature.loss, after=1).items()}
+        assert len(lost) == len(kept) - 1
+        whole = [lost[iteration] for iteration in lost if kept[iteration] == 16]
+        # balanced experts and a hard next token change slowly; divided by the plain number of micro-batches it is a quarter
+        assert all(min(whole) * 0.8 < value < max(whole) * 1.2 for value in lost.values())
+        assert "NAN" not in each.text
+        lines = [line for line in each.text.splitlines() if line.startswith(" es: iteration")]
+        assert all(" | trained loss: " in line for line in lines)
+        assert ("| meta-batch loss: " in lines[len(lines) // 2]) == (preset == "paper"), "free scores do not know it"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("layout", ["experts-EP2", "prediction-PP2"])
+def test_experts_and_multi_token_prediction_resume(
+    site: Site, features: dict[str, Feature], layout: str, preset: str
+) -> None:
+    feature = feature_of(features, site, layout.split("-")[0])
+    ranks, flags = FEATURE_LAYOUTS[layout]
+    folder = site.root / f"{layout}-{preset}-resume"
+    keep = [*flags, "--save", str(folder), "--save-interval", "100"]
+    feature.run(f"{layout}-resume", preset, [*keep, *feature.weights, "--exit-interval", "25"], ranks)
+    second = feature.run(f"{layout}-resume", preset, [*keep, "--load", str(folder)], ranks)
+    assert "goes on at iteration 25 with the scores saved there" in second.text
+    whole = feature.uninterrupted(preset, layout)
+    assert second.chosen() == whole.chosen()
+    for name in ("grad norm", feature.loss):
+        mine, theirs = (each.values(name, after=26) for each in (second, whole))
+        assert list(mine) == list(theirs) == list(range(27, len(whole.audit) + 1))
+        assert [float(v) for v in mine.values()] == pytest.approx([float(v) for v in theirs.values()], abs=2e-3)
+
+
+def test_untested_version_runs_and_is_refused_where_that_is_asked_for(
+    site: Site, weights: list[str], reference: Outcome
+) -> None:
+    copy = site.untested()
+    flags = [*LENGTH, *SCORES, *weights, "--exit-interval", "12"]
+    outcome = succeeded(copy.run("untested", flags))
+    assert outcome.chosen() == {k: v for k, v in reference.chosen().items() if k <= 12}
+    told = [line for line in outcome.text.splitlines() if "has not been tested with these patches" in line]
+    assert len(told) == 1
+    assert told[0].startswith("es_megatron: megatron-lm 0.99.")
+    strict = copy.run("untested-strict", [*flags, "--es-strict-versions"])
+    assert strict.code != 0
+    assert "`--es-strict-versions` is given" in strict.text
+    assert not strict.audit
+    assert succeeded(site.run("tested-strict", [*flags, "--es-strict-versions"])).chosen() == outcome.chosen()
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
         (["--iterations-to-skip", "3", "--es"], "`--iterations-to-skip` must be off with Evolved Sampling"),
         (["--es-keep-ratio", "0.1"], "`keep_ratio` times the meta-batch must be a multiple of 2"),
         (["--es-beta1", "1.5"], "`beta1` must be in [0, 1], but is 1.5 instead"),
+        (["--context-parallel-size", "2", "--es"], "`--context-parallel-size` must be 1 with Evolved Sampling"),
     ],
-    ids=["skipped-iterations", "keep-ratio", "beta"],
+    ids=["skipped-iterations", "keep-ratio", "beta", "context"],
 )
 def test_what_cannot_work_is_refused(site: Site, flags: list[str], told: str) -> None:
-    outcome = site.run(f"refused-{flags[0][2:]}", [*LENGTH, *flags])
+    ranks = 2 if "--context-parallel-size" in flags else 1
+    outcome = site.run(f"refused-{flags[0][2:]}", [*LENGTH, *flags], ranks=ranks)
     assert outcome.code != 0
     assert told in outcome.text
     assert not outcome.audit

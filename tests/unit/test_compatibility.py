@@ -121,8 +121,8 @@ def test_an_error_names_the_setting_the_reason_and_the_way_out() -> None:
         refuse_arguments(Namespace(fp8="hybrid"), MEGATRON_LM, settings_of("fresh"))
     assert str(raised.value) == (
         "`--fp8-recipe` must be `tensorwise`, `blockwise` or `mxfp8` with a scoring pass (`fresh`, `prefix`, "
-        "`every-k`), but is 'delayed' instead: delayed scaling keeps a history of maxima, which the pass would move. Use "
-        "`tensorwise`, `blockwise` or `mxfp8`, or use `scorer: history`, which makes no scoring pass."
+        "`every-k`), but is 'delayed' instead: delayed scaling keeps a history of maxima, which the pass would move. "
+        "Use `tensorwise`, `blockwise` or `mxfp8`, or use `scorer: history`, which makes no scoring pass."
     )
 
 
@@ -143,8 +143,8 @@ these runs:
 
 - **all**: whatever arm and scorer, since the row is about the order of the data or the shape of the run;
 - **selecting**: arms that train on fewer sequences than the meta-batch has (all but `plain` and `shortened`);
-- **scoring**: arms with scores whose scorer makes a pass of its own: `fresh`, `prefix`, `every-k`. So not `history` (the
-  default), not `external`, and not the arm `uniform`.
+- **scoring**: arms with scores whose scorer makes a pass of its own: `fresh`, `prefix`, `every-k`. So not `history`
+  (the default), not `external`, and not the arm `uniform`.
 
 What is not in the table is allowed. FP8, FP4 and CUDA graphs need a GPU: that these settings pass the checks, and are
 refused where they must be, is tested; how they train with Evolved Sampling was read in upstream's source and not run.
