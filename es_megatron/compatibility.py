@@ -174,8 +174,8 @@ def _mixed_precision(setting: Setting) -> bool:
 
 
 # --- CUDA graphs. Of one layer: `enable_cuda_graph` or `cuda_graph_impl: local` are Megatron's own,
-# `external_cuda_graph` or `transformer_engine` are Transformer Engine's. Of a whole iteration: `full_iteration`, which is
-# an implementation or a scope.
+# `external_cuda_graph` or `transformer_engine` are Transformer Engine's. Of a whole iteration: `full_iteration`, an
+# implementation in newer versions and a scope in older ones.
 
 
 def _graphs(setting: Setting) -> bool:

@@ -16,6 +16,8 @@ from es_megatron.config import EvolvedSamplingConfig
 
 Float32 = npt.NDArray[np.float32]
 
+MAX_LOGITS = "current_max_attn_logits"
+
 RNG_TRACKERS = {
     "megatron.core.tensor_parallel.random": "get_cuda_rng_tracker",
     "deepspeed.runtime.activation_checkpointing.checkpointing": "get_cuda_rng_tracker",
@@ -62,12 +64,14 @@ def join(found: list[Tensor]) -> Float32 | None:
 
 @contextmanager
 def traceless(chunks: list[torch.nn.Module]) -> Generator[None]:
-    """Leave no trace of what runs inside: modes, random states, buffers (MoE counters among them), upstream timers."""
+    """Leave no trace of what runs inside: modes, random states, buffers (MoE counters among them), timers, maxima."""
     modules = [(module, module.training) for chunk in chunks for module in chunk.modules()]
     # by the class: Megatron's data-parallel wrapper has an attribute `buffers` of its own
     buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in torch.nn.Module.buffers(chunk)]
     configs = [config for chunk in chunks if (config := getattr(chunk, "config", None)) is not None]
     timers = [(config, config.timers) for config in configs if hasattr(config, "timers")]
+    # of attention in Transformer Engine, over every forward pass of an iteration; `qk_clip` changes weights by them
+    logits = [(module, getattr(module, MAX_LOGITS)) for module, _ in modules if hasattr(module, MAX_LOGITS)]
     trackers = [(tracker, tracker.get_states()) for tracker in rng_trackers()]
     cpu_state = torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
@@ -85,6 +89,8 @@ def traceless(chunks: list[torch.nn.Module]) -> Generator[None]:
                 buffer.copy_(before)
         for config, before in timers:
             config.timers = before
+        for module, before in logits:
+            setattr(module, MAX_LOGITS, before)
         for tracker, states in trackers:
             tracker.set_states(states)
         torch.set_rng_state(cpu_state)

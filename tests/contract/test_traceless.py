@@ -27,9 +27,12 @@ class Counter(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(1))
+        self.current_max_attn_logits: torch.Tensor | None = None  # as Transformer Engine's attention has it
 
     def note(self, *_: Any) -> None:
         self.calls += 1
+        before = self.current_max_attn_logits
+        self.current_max_attn_logits = torch.ones(1) if before is None else before + 1
         torch.rand(3)
 
 
@@ -67,6 +70,7 @@ def snapshot(loop: Loop) -> dict[str, Any]:
         "buffers": [buffer.tolist() for buffer in moe_counters(loop)],
         "modes": [module.training for module in modules],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules],  # pyright: ignore[reportPrivateUsage]
+        "logits": [str(chunk.module.counter.current_max_attn_logits) for chunk in loop.chunks],
         "timers": [config.timers and config.timers.calls for config in configs],
         "config": [{key: repr(value) for key, value in vars(config).items()} for config in configs],
         "scores": loop.sampling and loop.sampling.engine.store.checksum(),
@@ -150,4 +154,4 @@ def test_the_snapshot_sees_a_trace() -> None:
         megatron_core.traceless = lambda chunks: torch.no_grad()
         return {name for name, equal in leave_traces((), False).items() if not equal}
 
-    assert {"torch", "buffers", "timers"} <= run_on_ranks(1, run)[0]
+    assert {"torch", "buffers", "timers", "logits"} <= run_on_ranks(1, run)[0]

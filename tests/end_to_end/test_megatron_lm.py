@@ -241,7 +241,7 @@ def feature_of(features: dict[str, Feature], site: Site, name: str) -> Feature:
 @pytest.mark.parametrize("layout", FEATURE_LAYOUTS)
 def test_experts_and_multi_token_prediction(site: Site, features: dict[str, Feature], layout: str, preset: str) -> None:
     """On several ranks: the sequences of one rank, and auxiliary losses that are means over what was trained."""
-    feature = feature_of(features, site, layout.split("-")[0])
+    feature = feature_of(features, site, layout.partition("-")[0])
     if STAGES[-1] in FEATURE_LAYOUTS[layout][1] and site.minor_version < 16:
         pytest.skip("before core_v0.16 multi-token prediction is on the last stage only")
     reference, outcome = feature.uninterrupted(preset), feature.uninterrupted(preset, layout)
@@ -255,7 +255,7 @@ def test_experts_and_multi_token_prediction(site: Site, features: dict[str, Feat
         lost = {iteration: float(value) for iteration, value in each.values(feature.loss, after=1).items()}
         assert len(lost) == len(kept) - 1
         whole = [lost[iteration] for iteration in lost if kept[iteration] == 16]
-        # balanced experts and a hard next token change slowly; divided by the plain number of micro-batches it is a quarter
+        # both losses change slowly; divided by the plain run's number of micro-batches they would be a quarter
         assert all(min(whole) * 0.8 < value < max(whole) * 1.2 for value in lost.values())
         assert "NAN" not in each.text
         lines = [line for line in each.text.splitlines() if line.startswith(" es: iteration")]
@@ -268,7 +268,7 @@ def test_experts_and_multi_token_prediction(site: Site, features: dict[str, Feat
 def test_experts_and_multi_token_prediction_resume(
     site: Site, features: dict[str, Feature], layout: str, preset: str
 ) -> None:
-    feature = feature_of(features, site, layout.split("-")[0])
+    feature = feature_of(features, site, layout.partition("-")[0])
     ranks, flags = FEATURE_LAYOUTS[layout]
     folder = site.root / f"{layout}-{preset}-resume"
     keep = [*flags, "--save", str(folder), "--save-interval", "100"]
@@ -278,8 +278,9 @@ def test_experts_and_multi_token_prediction_resume(
     whole = feature.uninterrupted(preset, layout)
     assert second.chosen() == whole.chosen()
     for name in ("grad norm", feature.loss):
-        mine, theirs = (each.values(name, after=26) for each in (second, whole))
-        assert list(mine) == list(theirs) == list(range(27, len(whole.audit) + 1))
+        # the first line of a process has the mean of two iterations
+        mine, theirs = (each.values(name, after=27) for each in (second, whole))
+        assert list(mine) == list(theirs) == list(range(28, len(whole.audit) + 1))
         assert [float(v) for v in mine.values()] == pytest.approx([float(v) for v in theirs.values()], abs=2e-3)
 
 
