@@ -3,13 +3,18 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help venv style format check test test-all test-deepspeed test-megatron-lm demo results-quick clean
+.PHONY: help venv style format check test test-all test-newest test-deepspeed test-megatron-lm trees demo results-quick clean
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 EXTRAS ?= dev,report,deepspeed
 PYTEST_ARGS ?=
+
+# The newest megatron-core needs Python 3.12; the first one that starts is taken (pyenv has it without offering it).
+PYENV := $(or $(shell pyenv root 2>/dev/null),$(HOME)/.pyenv)
+NEWEST_PYTHON ?= $(firstword $(foreach name,python3.12 $(wildcard $(PYENV)/versions/3.12*/bin/python3.12),\
+    $(if $(shell $(name) -c 'print(1)' 2>/dev/null),$(name))))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +28,8 @@ export DS_ACCELERATOR ?= cpu
 export DS_BUILD_OPS ?= 0
 
 help:
-	@echo "make venv | style | format | check | test | test-all | test-deepspeed | test-megatron-lm | demo | results-quick | clean"
+	@echo "make venv | style | format | check | test | test-all | test-newest | test-deepspeed | test-megatron-lm | demo |"
+	@echo "     results-quick | clean"
 
 venv: $(STAMP)
 
@@ -53,12 +59,32 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The same on the newest megatron-core, in an environment of its own. Without Python 3.12 it says so and passes;
+# ES_REQUIRE_NEWEST=1 makes it fail.
+test-newest:
+ifeq ($(NEWEST_PYTHON),)
+	@echo "skipped: test-newest needs Python 3.12, and there is no \`python3.12\` that starts (NEWEST_PYTHON=PATH names one)"
+	@test -z "$(ES_REQUIRE_NEWEST)"
+else
+	$(MAKE) test VENV=.venv-newest PYTHON="$(NEWEST_PYTHON)" EXTRAS="$(EXTRAS)" \
+	    PYTEST_ARGS="tests/unit tests/ranks tests/contract $(PYTEST_ARGS)"
+endif
+
 test-deepspeed: $(STAMP)
 	$(BIN)/python -m pytest -k deepspeed $(PYTEST_ARGS)
 
 # MEGATRON_LM is a checkout of Megatron-LM, MEGATRON_DEEPSPEED one of Megatron-DeepSpeed, unmodified; without them the tests skip.
-test-megatron-lm: $(STAMP)
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet six regex einops pydantic pybind11
+# A checkout that asks for Python 3.12 is run in the environment of test-newest.
+test-megatron-lm:
+ifneq ($(shell grep -s '^requires-python.*3\.1[2-9]' "$(MEGATRON_LM)/pyproject.toml"),)
+	@test -n "$(NEWEST_PYTHON)" || { echo "$(MEGATRON_LM) needs Python 3.12 (NEWEST_PYTHON=PATH names one)"; exit 1; }
+	$(MAKE) trees VENV=.venv-newest PYTHON="$(NEWEST_PYTHON)"
+else
+	$(MAKE) trees
+endif
+
+trees: $(STAMP)
+	$(PIP) install --quiet six regex einops pydantic pybind11
 	MEGATRON_LM="$(abspath $(MEGATRON_LM))" MEGATRON_DEEPSPEED="$(abspath $(MEGATRON_DEEPSPEED))" $(BIN)/python -m pytest \
 	    tests/end_to_end/test_megatron_lm.py tests/end_to_end/test_megatron_deepspeed.py $(PYTEST_ARGS)
 

@@ -37,7 +37,7 @@ def read_readme() -> str:
 
 
 REPORT = ["tensorboard", "matplotlib", "pyarrow"]
-DEEPSPEED = ["deepspeed>=0.16"]
+DEEPSPEED = ["deepspeed>=0.16"]  # tested: 0.19.8
 DEV = [
     "pytest>=8",
     "pytest-timeout",
@@ -61,9 +61,11 @@ setup(
     package_data={"es_megatron": ["py.typed"]},
     cmdclass={"build_py": BuildWithShipped},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.6",  # tested: 2.13.0
         "numpy>=1.26",
-        'megatron-core>=0.16,<0.17; python_version < "3.12"',  # 0.17 and later need Python 3.12
+        # Tested: 0.16.1 on Python 3.11, 0.19.2 on 3.12 (es_megatron/tools/versions.py). 0.17 and later do not install on
+        # 3.11, and no version from 0.16 on is known not to work. Megatron-LM brings a megatron.core of its own.
+        'megatron-core>=0.16,<0.17; python_version < "3.12"',
         'megatron-core>=0.16; python_version >= "3.12"',
         "sentencepiece>=0.2",
         "safetensors>=0.4",
@@ -79,6 +81,7 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import ipaddress
 import json
 import os
-import platform
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-from packaging.requirements import Requirement
-from packaging.version import Version
+from typing import Any
 
 from es_megatron.checkpoint.compatibility import list_differences
 from es_megatron.checkpoint.es_state import read_manifest
+from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import EsError
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
+from es_megatron.tools.config_patch.findings import Severity
+from es_megatron.tools.config_patch.reading import Hints, read
+from es_megatron.tools.config_patch.report import Wishes, examine
 from es_megatron.tools.patching import PatchList, read_patches, upstreams
+from es_megatron.tools.versions import Finding, State, check_versions
 
-TESTED = {"python": "3.11", "torch": "2.13.0", "megatron-core": "0.16.1", "deepspeed": "0.19.8"}
-"""What the tests run with."""
 GLOO_SECONDS, IMPORT_SECONDS = 60, 180
 SPARE_BYTES = 1 << 30
 BYTES_PER_SAMPLE = 5
@@ -46,36 +43,29 @@ PATCH_TEST = """
 import json, sys
 from es_megatron.errors import EsError
 from es_megatron.run import prepare_cpu
-from es_megatron.tools.patching import check, read_patches, upstream_version
+from es_megatron.tools.patching import check, read_patches, untested, upstream_version
 try:
     prepare_cpu(sys.argv[1])
 except ModuleNotFoundError:
     pass  # what is missing there is told below, target by target
 patches = read_patches(sys.argv[1])
 try:
-    told = [upstream_version(patches)] + [[each.patch.target, each.state, each.detail] for each in check(patches)]
+    told = [[upstream_version(patches), untested(patches)]]
+    told += [[each.patch.target, each.state, each.detail] for each in check(patches)]
 except EsError as error:
     told = [str(error)]
 print("DOCTOR" + json.dumps(told))
 """
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    state: Literal["OK", "NOTE", "FAIL"]
-    what: str
-    told: str
-    cure: str = ""
-
-    def line(self) -> str:
-        """The finding as it is printed."""
-        return f"{self.state:<5} {self.what}: {self.told}" + (f". Cure: {self.cure}" if self.cure else "")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="launch script or settings of the run, as `patch --check` takes them",
+    )
     parser.add_argument("--blend", type=Path, help="blend file of the run, to be opened")
     parser.add_argument("--seq-length", type=int, default=2048, metavar="T", help="tokens in a sample (default: 2048)")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that checkpoints go to")
@@ -93,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         *check_versions(),
         *check_device(),
         *check_patches(checkouts),
+        *check_config(arguments.config),
         *data,
         *check_checkpoint(arguments.checkpoint, blend),
         *check_communication(os.environ),
@@ -102,55 +93,6 @@ def run(arguments: argparse.Namespace) -> int:
     lines.append(f"{failed} thing{'' if failed == 1 else 's'} to cure" if failed else "nothing to cure")
     print("\n".join(lines))
     return int(failed > 0)
-
-
-def installed_version(name: str) -> str | None:
-    """Version of an installed package; None if it is not."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def requirements() -> list[Requirement]:
-    """What this package's own metadata asks for."""
-    return [Requirement(text) for text in importlib.metadata.requires("es_megatron") or []]
-
-
-def check_versions(version_of: Callable[[str], str | None] = installed_version) -> Iterator[Finding]:
-    """Python and the packages against this package's metadata.
-
-    Args:
-        version_of: gives a package's version, None if it is not installed.
-    """
-    python = platform.python_version()
-    yield Finding("OK", "python", python + tested("python", python))
-    for requirement in requirements():
-        optional = requirement.marker is not None and "extra" in str(requirement.marker)
-        applies = requirement.marker is None or requirement.marker.evaluate({"extra": "deepspeed"})
-        if applies and not (optional and requirement.name != "deepspeed"):
-            yield judge_version(requirement, version_of(requirement.name), optional)
-
-
-def judge_version(requirement: Requirement, version: str | None, optional: bool) -> Finding:
-    """One package against what is asked for."""
-    name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
-    if version is None:
-        if optional:
-            return Finding(
-                "NOTE", name, "not installed; only runs under DeepSpeed need it", f"`pip install '{wanted}'`"
-            )
-        return Finding("FAIL", name, "not installed", f"`pip install '{wanted}'`")
-    if Version(version) not in requirement.specifier and not requirement.specifier.contains(version, prereleases=True):
-        return Finding("FAIL", name, f"{version}, but {requirement.specifier} is needed", f"`pip install '{wanted}'`")
-    return Finding("OK", name, version + tested(name, version))
-
-
-def tested(name: str, version: str) -> str:
-    """A remark where the tests run with another version."""
-    known = TESTED.get(name)
-    same = known is None or version.startswith(known)
-    return "" if same else f" (supported; the tests run with {known})"
 
 
 def check_device() -> Iterator[Finding]:
@@ -181,7 +123,7 @@ def check_patches(checkouts: Mapping[str, Path | None]) -> Iterator[Finding]:
 
 
 def look_for_targets(upstream: str, folder: Path) -> list[Any]:
-    """Version, and [target, state, detail] of every patch; or one text that tells what is wrong."""
+    """[version, what to say if untested], and [target, state, detail] of every patch; or one text: what is wrong."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -209,13 +151,31 @@ def judge_patches(what: str, patches: PatchList, told: Sequence[Any]) -> Finding
         return Finding(
             "FAIL", what, str(told[0]).rstrip("."), "run from the checkout, with its own requirements installed"
         )
-    version, bad = told[0], [each for each in told[1:] if each[1] not in ("ready", "applied")]
-    if not bad:
+    (version, line), bad = told[0], [each for each in told[1:] if each[1] not in ("ready", "applied")]
+    if not bad and line is None:
         return Finding("OK", what, f"all {len(told) - 1} targets found in version {version}")
+    if not bad:
+        found = f"all {len(told) - 1} targets are as declared, but {line}"
+        return Finding("NOTE", what, found, "compare a short run with one of `--es-arm plain`")
     shown = bad[:1] if bad[0][1] == "refused" else bad
     details = "; ".join(f"{state}: {detail}" for _, state, detail in shown)
-    supported = ", ".join(patches.supported)
-    return Finding("FAIL", what, f"version {version}: {details}", f"use a supported version ({supported})")
+    tested = ", ".join(patches.tested)
+    return Finding("FAIL", what, f"version {version}: {details}", f"use a version that was tested ({tested})")
+
+
+def check_config(path: Path | None) -> Iterator[Finding]:
+    """What `patch --check` finds in the settings of a run, and the run itself would refuse."""
+    if path is None:
+        yield Finding("NOTE", "config", "not checked", "give `--config FILE`")
+        return
+    try:
+        report = examine(path.name, read(path, Hints()), Wishes(EvolvedSamplingConfig(), frozenset()))
+    except EsError as error:
+        yield Finding("FAIL", f"config {path.name}", str(error).rstrip("."), "correct it, or try `patch --check`")
+        return
+    states: dict[Severity, State] = {"REFUSE": "FAIL", "NOTE": "NOTE", "OK": "OK"}
+    for each in report.findings:
+        yield Finding(states[each.severity], f"config {path.name}", f"{each.what}: {each.why}", each.cure)
 
 
 def check_data(path: Path | None, seq_length: int) -> tuple[LoadedBlend | None, list[Finding]]:

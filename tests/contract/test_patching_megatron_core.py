@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from megatron.core import package_info
 from megatron.core.pipeline_parallel import schedules
 
 from es_megatron.errors import PatchError
-from es_megatron.tools.patching import PatchList, apply, check, read_patches, report, undo, upstream_version
+from es_megatron.tools.patching import PatchList, apply, check, read_patches, report, undo, untested, upstream_version
 
 VERSION = ".".join(package_info.__version__.split(".")[:2])
 
@@ -89,7 +90,18 @@ def test_version_that_was_not_tested(write: Any) -> None:
 
 
 def test_megatron_lm_without_its_checkout_says_so() -> None:
-    """The wheel has megatron.core alone; what the patches of Megatron-LM need is not in it."""
+    """The wheel may have megatron.core alone; what the patches of Megatron-LM need is not in it then."""
+    if importlib.util.find_spec("megatron.training") is not None:
+        pytest.skip("this wheel of megatron-core has megatron.training")
     patches = read_patches("megatron-lm")
     with pytest.raises(PatchError, match=r"module `megatron\.training` does not exist"):
         apply(patches)
+
+
+def test_megatron_lm_of_the_wheel_is_as_declared() -> None:
+    """megatron-core 0.19.2 ships megatron.training, too."""
+    if importlib.util.find_spec("megatron.training") is None:
+        pytest.skip("this wheel of megatron-core has no megatron.training")
+    patches = read_patches("megatron-lm")
+    assert {status.state for status in check(patches)} == {"ready"}
+    assert untested(patches) is None

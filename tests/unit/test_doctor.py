@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shutil
 import struct
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 from es_megatron.checkpoint.es_state import ScoreRange, save_es_state
 from es_megatron.parallel import Replica
-from es_megatron.tools import doctor
+from es_megatron.tools import doctor, versions
 from es_megatron.tools.patching import read_patches
 
 ROWS, LENGTH = 8, 16
@@ -59,21 +61,73 @@ def test_anything_to_cure_gives_exit_code_1(tmp_path, monkeypatch, capsys):
 
 
 def test_versions_are_held_against_the_metadata():
-    installed = {requirement.name: "99.0" for requirement in doctor.requirements()}
-    installed |= {"torch": "2.5.1", "megatron-core": "0.16.1", "safetensors": None, "deepspeed": None}
-    found = {finding.what: finding for finding in doctor.check_versions(installed.get)}
+    installed = {requirement.name: "99.0" for requirement in versions.requirements()}
+    installed |= {"torch": "2.5.1", "safetensors": None, "deepspeed": None}
+    found = {finding.what: finding for finding in versions.check_versions(installed.get)}
     assert found["torch"].state == "FAIL"
     assert found["torch"].cure == "`pip install 'torch>=2.6'`"
     assert found["safetensors"].state == "FAIL"
     assert found["deepspeed"].state == "NOTE"
-    assert found["megatron-core"].line() == "OK    megatron-core: 0.16.1"
+    assert found["numpy"].line() == "OK    numpy: 99.0"
     assert "pytest" not in found
 
 
-def test_version_beside_the_tested_one_is_remarked():
-    assert doctor.tested("torch", "2.13.0+cpu") == ""
-    assert doctor.tested("torch", "2.9.1") == " (supported; the tests run with 2.13.0)"
-    assert doctor.tested("tqdm", "1") == ""
+@pytest.mark.parametrize(
+    ("name", "version", "python", "told"),
+    [
+        ("torch", "2.13.0+cpu", "3.11.7", None),
+        ("torch", "2.9.1", "3.11.7", "the tests run with 2.13.0 on Python 3.11"),
+        ("torch", "2.13.0", "3.13.0", "the tests run with 2.13.0"),
+        ("python", "3.12.1", "3.12.1", None),
+        ("python", "3.13.0", "3.13.0", "the tests run with 3.11 and 3.12"),
+        ("megatron-core", "0.16.1", "3.11.7", None),
+        ("megatron-core", "0.19.2", "3.12.1", None),
+        ("megatron-core", "0.19.1", "3.12.1", "the tests run with 0.19.2 on Python 3.12"),
+        ("megatron-core", "0.16.1", "3.12.1", "the tests run with 0.19.2 on Python 3.12"),
+        ("tqdm", "1", "3.12.1", None),
+    ],
+)
+def test_ok_is_said_of_what_the_tests_run_with_alone(name, version, python, told):
+    finding = versions.judge_tested(name, version, python)
+    assert finding.state == ("OK" if told is None else "NOTE")
+    assert finding.told == version if told is None else finding.told.endswith(told)
+
+
+def test_the_environment_of_these_tests_is_listed():
+    """What doctor calls tested is tested: `.ci/run` asks for that."""
+    python = platform.python_version()
+    listed = next((each for each in versions.TESTED if versions.is_version(python, each["python"])), None)
+    if listed is None or not os.environ.get("ES_REQUIRE_TESTED"):
+        pytest.skip("only where ES_REQUIRE_TESTED is set, and on a Python that is listed")
+    here = {name: versions.installed_version(name) for name in listed if name != "python"}
+    newer = [f"{name} {here[name]}" for name in here if Version(here[name] or "0") > Version(listed[name] + ".999")]
+    if newer:
+        pytest.skip(f"{', '.join(newer)} is newer than what es_megatron/tools/versions.py lists: add it there")
+    assert all(versions.is_version(found or "0", listed[name]) for name, found in here.items()), here
+
+
+CONFIG = "torchrun --nproc_per_node 4 pretrain_gpt.py --micro-batch-size 1 --global-batch-size 64 --mtp-num-layers 1"
+GRAPHS = "--fp8-format hybrid --cuda-graph-impl local"
+
+
+@pytest.mark.parametrize("scorer", ["history", "external", "fresh", "every-k"])
+def test_settings_of_a_run_are_judged_by_its_scorer(tmp_path, scorer):
+    script = tmp_path / "train.sh"
+    script.write_text(f"{CONFIG} {GRAPHS} --es-scorer {scorer} --es-initial-scores scores\n")
+    findings = list(doctor.check_config(script))
+    failed = [finding.told for finding in findings if finding.state == "FAIL"]
+    if scorer in ("history", "external"):
+        assert failed == []
+        assert any(finding.told.startswith("model: ") for finding in findings if finding.state == "OK")
+    else:
+        assert [told.split(":")[0] for told in failed] == ["`--fp8-recipe delayed`", "`--cuda-graph-impl local`"]
+        assert all(finding.cure for finding in findings if finding.state == "FAIL")
+
+
+def test_settings_that_cannot_be_read_are_told(tmp_path):
+    (finding,) = doctor.check_config(tmp_path / "none.sh")
+    assert finding.state == "FAIL"
+    assert "none.sh" in finding.told
 
 
 def test_data_opens_or_the_cure_is_named(tmp_path):
@@ -183,16 +237,18 @@ def test_patch_targets_are_judged_by_what_the_checkout_says(tmp_path, monkeypatc
     patches = read_patches("megatron-lm")
     target = patches.patches[0].target
     told = {
-        "OK": ["0.16.1", [target, "ready", ""], [target, "applied", ""]],
-        "missing: no such name": ["0.16.1", [target, "ready", ""], [target, "missing", "no such name"]],
-        "nearest supported version is 0.16": ["0.17.0", [target, "refused", "nearest supported version is 0.16"]],
+        "all 2 targets found": [["0.16.1", None], [target, "ready", ""], [target, "applied", ""]],
+        "all 1 targets are as declared, but it is new": [["0.99.0", "it is new"], [target, "ready", ""]],
+        "missing: no such name": [["0.16.1", None], [target, "ready", ""], [target, "missing", "no such name"]],
+        "refused: known not to work": [["0.11.0", "it is new"], [target, "refused", "known not to work"]],
         "cannot be imported": ["it cannot be imported: boom"],
     }
+    expected_states = {"all 2": "OK", "all 1": "NOTE"}
     for expected, each in told.items():
         monkeypatch.setattr(doctor, "look_for_targets", lambda *_, each=each: each)
         (finding,) = [f for f in doctor.check_patches({"megatron-lm": folder}) if f.what == "patches megatron-lm"]
-        assert finding.state == ("OK" if expected == "OK" else "FAIL")
-        assert expected == "OK" or expected in finding.told
+        assert finding.state == expected_states.get(expected[:5], "FAIL")
+        assert expected in finding.told
 
 
 @pytest.mark.slow
