@@ -63,8 +63,8 @@ setup(
     install_requires=[
         "torch>=2.6",  # tested: 2.13.0
         "numpy>=1.26",
-        # Tested: 0.16.1 on Python 3.11, 0.19.2 on 3.12 (es_megatron/tools/versions.py). 0.17 and later do not install on
-        # 3.11, and no version from 0.16 on is known not to work. Megatron-LM brings a megatron.core of its own.
+        # Tested: 0.16.1 on Python 3.11, 0.19.2 on 3.12 (es_megatron/tools/versions.py). 0.17 and later do not install
+        # on 3.11; no version from 0.16 on is known not to work. A checkout of Megatron-LM brings its own megatron.core.
         'megatron-core>=0.16,<0.17; python_version < "3.12"',
         'megatron-core>=0.16; python_version >= "3.12"',
         "sentencepiece>=0.2",

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -402,12 +403,43 @@ def test_the_hook_refuses_what_it_cannot_do() -> None:
         with pytest.raises(ConfigError, match="`context_parallel_size` must be 1 with Evolved Sampling, but is 2"):
             check_model(config, settings)
         config.context_parallel_size = 1
-    config.fp8, config.mtp_num_layers = "e4m3", 1
-    check_model(config, EvolvedSamplingConfig())
-    with pytest.raises(ConfigError, match=r"`fp8_recipe` must be .* but is 'delayed' instead: .* `scorer: history`"):
-        check_model(config, EvolvedSamplingConfig(preset="paper"))
     with pytest.raises(ConfigError, match="loss_mask_of"):
         mask_of_partial(lambda output: output)
+
+
+MODELS = [
+    ({"fp8": "hybrid", "mtp_num_layers": 1}, "fp8_recipe"),
+    ({"fp8": "hybrid", "fp8_recipe": "of-next-year"}, "fp8_recipe"),
+    ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, None),
+    ({"fp4": "e2m1"}, None),
+    ({"cuda_graph_impl": "local"}, "cuda_graph_impl"),
+    ({"cuda_graph_impl": "transformer_engine", "mtp_num_layers": 2}, None),
+]
+
+
+@on_ranks(1)
+def test_attach_looks_at_arm_and_scorer() -> None:
+    """FP8 and CUDA graphs cannot run here, but a run with them is let in, or kept out, before it builds anything."""
+    from es_megatron.frameworks.megatron_core import attach
+
+    settings = settings_of(Path("unused"), Path("unused"))
+    initialize(settings)
+    loop = Loop(settings, RandomRows())
+    assert loop.sampling is not None
+
+    def attached(model: dict[str, Any], config: EvolvedSamplingConfig) -> None:
+        manifest = loop.sampling.engine.manifest  # pyright: ignore[reportOptionalMemberAccess]
+        sizes = {"global_batch_size": META_BATCH, "micro_batch_size": 1, "train_samples": 8 * META_BATCH}
+        attach(config, manifest, None, model_config=SimpleNamespace(**model), **sizes)
+
+    for model, refused in MODELS:
+        attached(model, EvolvedSamplingConfig())
+        attached(model, EvolvedSamplingConfig(arm="uniform", scorer="fresh"))
+        if refused is None:
+            attached(model, EvolvedSamplingConfig(preset="paper"))
+            continue
+        with pytest.raises(ConfigError, match=rf"`{refused}` must be .* instead: .* `scorer: history`"):
+            attached(model, EvolvedSamplingConfig(preset="paper"))
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from es_megatron.errors import DataError, LayoutError
+from es_megatron.errors import ConfigError, DataError, LayoutError
 from es_megatron.frameworks import cpu
 from es_megatron.frameworks.adam import GroupAdam
 from es_megatron.trainer.initial_weights import global_name
@@ -250,6 +250,17 @@ def test_group_adam_equals_torchs_adamw_bit_for_bit():
     assert [group["step"] for group in group_adam.param_groups] == [5, 5, 5]
 
 
+def test_group_adam_takes_switches_that_are_off_and_refuses_others_by_name():
+    """Megatron-Core hands over `capturable` since 0.17, and may hand over more."""
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    weights = [torch.ones(2, requires_grad=True)]
+    GroupAdam(weights, **options, capturable=False, of_next_year=None)
+    with pytest.raises(ConfigError, match=r"`capturable` must be off .* \(`--optimizer-cuda-graph`\) off, or install"):
+        GroupAdam(weights, **options, capturable=True)
+    with pytest.raises(ConfigError, match=r"`of_next_year` must be off .* but is 3 instead: .* Switch it off"):
+        GroupAdam(weights, **options, of_next_year=3)
+
+
 # --- the CPU layer ---
 
 
@@ -262,6 +273,7 @@ def test_the_layer_can_be_taken_off_again():
         assert cpu.install()
         assert torch.ones(2, device="cuda").device.type == "cpu"
         assert torch.zeros(2, device=0).to("cuda:0").cuda().pin_memory().device.type == "cpu"
+        assert torch.ones(1).new_empty(2, device=0).new_zeros(1, device="cuda").device.type == "cpu"
         assert torch.ones(1).type() == "torch.cuda.FloatTensor"
         assert torch.ones(1).type(torch.int64).dtype == torch.int64
         cpu.uninstall()
@@ -271,6 +283,31 @@ def test_the_layer_can_be_taken_off_again():
         return before == after, any(old is new for old, new in zip(before, during, strict=True))
 
     assert run_on_ranks(1, on_and_off) == [(True, False)]
+
+
+def test_optimizers_step_where_torch_is_built_for_cuda(monkeypatch):
+    """Megatron-LM's layer says that there is CUDA, and torch's optimizers then ask whether a graph is captured."""
+
+    def step():
+        cpu.install()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        weight = torch.ones(1, requires_grad=True)
+        weight.grad = torch.ones(1)
+        torch.optim.AdamW([weight], lr=0.1).step()
+        return float(weight)
+
+    assert run_on_ranks(1, step) == [pytest.approx(0.899)]
+
+
+@on_ranks(2)
+def test_experts_tokens_are_exchanged_by_tensors_of_sizes():
+    """Megatron-Core's dispatcher keeps sizes as tensors, and makes arrays of them only where they are on a GPU."""
+    cpu.install()
+    rank = dist.get_rank()
+    sent, received = torch.full((3,), float(rank)), torch.empty(2 if rank == 0 else 4)
+    splits = torch.tensor([[1, 2], [1, 2]])
+    dist.all_to_all_single(received, sent, splits[:, rank].clone(), input_split_sizes=splits[rank])
+    assert received.tolist() == ([0.0, 1.0] if rank == 0 else [0.0, 0.0, 1.0, 1.0])
 
 
 def test_the_layer_keeps_away_from_cuda(monkeypatch):
