@@ -16,6 +16,9 @@ from es_megatron.errors import ConfigError
 
 T = TypeVar("T")
 
+TERMS = ("arm", "anneal", "pruning_ratio", "keep_ratio", "mask_lag", "seed", "policy", "pruner", "correction", "decay")
+"""Fields, and derived values, that a checkpoint and the run that goes on from it must have in common."""
+
 PREFIX_MULTIPLE = 8
 """What the tokens that the `prefix` scorer reads are a multiple of."""
 
@@ -215,6 +218,15 @@ class EvolvedSamplingConfig:
                 f"`beta2` must be below {limit:.4f} with `score_correction: debiased`, but is {self.decay} instead: "
                 "visits are counted up to 255 only. Use a smaller `beta2` or `score_correction: paper`."
             )
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Settings that decide which samples come when and what saved state means, JSON-able."""
+        return {
+            "policy_options": list(self.policy_options),
+            "pruner_options": list(self.pruner_options),
+            **{name: getattr(self, name) for name in TERMS},
+        }
 
     @property
     def decay(self) -> float:

@@ -11,12 +11,15 @@ import math
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from es_megatron.algorithm.selection import assign, owners, positions_of
+from es_megatron.checkpoint.compatibility import check_terms
+from es_megatron.checkpoint.es_state import EsStateWriter, SaveReport, ScoreRange, load_es_state
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.choosing import Choice, Chooser, Known
 from es_megatron.config import EvolvedSamplingConfig
@@ -32,7 +35,6 @@ from es_megatron.scores.store import ScoreStore
 from es_megatron.step import Framework, StepRecord, Work
 
 Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
 
@@ -161,6 +163,43 @@ class EvolvedSampling:
         """
         check_copies(self.replica, self.store.checksum, self.iteration)
 
+    def save(self, folder: str | Path, **more: Any) -> SaveReport:
+        """Write the whole state of all ranks into a folder, sealed; collective.
+
+        Args:
+            folder: made, or replaced once the new one is complete.
+            more: what `load` shall give back besides, JSON-able: the caller's own totals.
+
+        Raises:
+            CheckpointError: on every rank, if it failed on any; an older folder is untouched.
+        """
+        return self.writer(folder, more).save()
+
+    def writer(self, folder: str | Path, more: Mapping[str, Any], *, copied: bool = False) -> EsStateWriter:
+        """`save` in steps, for those who write while training goes on: of a copy of the scores then."""
+        store = self.store
+        score, visits = (store.score.copy(), store.visits.copy()) if copied else (store.score, store.visits)
+        masks = {key: mask.packed for key, mask in self.sampler.masks.items()}
+        state = {"engine": self.state_dict(), **more}
+        scores = ScoreRange(self.manifest.total, store.low, score, visits)
+        return EsStateWriter(folder, scores, masks, state, self.manifest.to_json(), self.replica)
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Go on where `save` stood, under any number of ranks; collective.
+
+        Returns:
+            What `save` was given besides.
+
+        Raises:
+            CheckpointError: missing, damaged, of other data, or of another run.
+        """
+        saved = load_es_state(folder, self.manifest.total, self.replica, self.manifest.to_json())
+        sizes = self.manifest.sizes
+        masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in saved.masks.items()}
+        self.load_state_dict(saved.state["engine"], masks)
+        self.store.load(saved.score, saved.visits)
+        return {name: value for name, value in saved.state.items() if name != "engine"}
+
     def state_dict(self) -> dict[str, Any]:
         """Position and terms of the run, JSON-able; scores and masks are arrays of their own."""
         schedule = self.plan.schedule
@@ -185,15 +224,10 @@ class EvolvedSampling:
                 f"The state must have the keys {sorted(expected)}, but has {sorted(state)} instead. "
                 "Load it with the version of es_megatron that wrote it."
             )
-        terms = {**self._terms(), "origin": self.plan.schedule.origin.to_json()}
-        saved = {**state["terms"], "origin": state["origin"]}
-        changed = {key: (saved.get(key), value) for key, value in terms.items()}
-        changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
-        if changed:
-            told = ", ".join(f"`{key}` was {old!r} and is {new!r}" for key, (old, new) in changed.items())
-            raise CheckpointError(
-                f"The checkpoint belongs to another run: {told}. Restore these settings, or start a new run directory."
-            )
+        check_terms(
+            {**state["terms"], "origin": state["origin"]},
+            {**self._terms(), "origin": self.plan.schedule.origin.to_json()},
+        )
         self.iteration = int(state["iteration"])
         self.epochs.load(dict(masks), state["decided"], state["rescaled"])
         self.chooser.load(state["chooser"])
@@ -205,23 +239,7 @@ class EvolvedSampling:
             "meta_batch": self.meta_batch,
             "train_samples": schedule.train_samples,
             "iterations": schedule.iterations,
-            "policy_options": list(self.config.policy_options),
-            "pruner_options": list(self.config.pruner_options),
-            **{
-                name: getattr(self.config, name)
-                for name in (
-                    "arm",
-                    "anneal",
-                    "pruning_ratio",
-                    "keep_ratio",
-                    "mask_lag",
-                    "seed",
-                    "policy",
-                    "pruner",
-                    "correction",
-                    "decay",
-                )
-            },
+            **self.config.terms,
         }
 
     def _scores_fresh(self) -> bool:

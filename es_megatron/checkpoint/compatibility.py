@@ -36,6 +36,24 @@ def check_manifest(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     )
 
 
+def check_terms(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse the state of a run whose settings decide another order of samples, or another meaning of scores.
+
+    Args:
+        saved: those settings in the checkpoint.
+        current: those of this run.
+
+    Raises:
+        CheckpointError: naming what differs and the cure.
+    """
+    changed = {key: (saved.get(key), value) for key, value in current.items() if saved.get(key) != value}
+    if changed:
+        told = ", ".join(f"`{key}` was {old!r} and is {new!r}" for key, (old, new) in changed.items())
+        raise CheckpointError(
+            f"The checkpoint belongs to another run: {told}. Restore these settings, or start a new run directory."
+        )
+
+
 def list_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Everything that makes two data manifests number or order their samples differently; empty if nothing does."""
     found: list[str] = []

@@ -122,11 +122,7 @@ def save_es_state(
     Raises:
         CheckpointError: on every rank, if any failed; an older folder is untouched and temporary files are removed.
     """
-    writer = EsStateWriter(directory, scores, masks, state, manifest, replica)
-    writer.prepare()
-    with agreed(replica, f"save {writer.final}", writer.undo):
-        writer.write()
-    return writer.finish()
+    return EsStateWriter(directory, scores, masks, state, manifest, replica).save()
 
 
 class EsStateWriter:
@@ -152,6 +148,13 @@ class EsStateWriter:
         self._manifest, self._replica = manifest, replica
         self._records: list[FileRecord] = []
         self._started = time.perf_counter()
+
+    def save(self) -> SaveReport:
+        """All steps at once; collective."""
+        self.prepare()
+        with agreed(self._replica, f"save {self.final}", self.undo):
+            self.write()
+        return self.finish()
 
     def undo(self) -> None:
         """Remove what has been written."""

@@ -21,12 +21,10 @@ from torch import Tensor
 
 from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
-from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.compatibility import DEEPSPEED, refuse
 from es_megatron.config import EvolvedSamplingConfig, build
 from es_megatron.data.manifest import Manifest
-from es_megatron.data.mask import KeptMask
 from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
@@ -261,15 +259,7 @@ class DeepSpeedSampling(ABC):
 
     def save_state(self, folder: Path) -> None:
         """Write the ES state of all ranks into a folder; collective."""
-        engine = self.engine
-        save_es_state(
-            folder,
-            ScoreRange(engine.manifest.total, engine.store.low, engine.store.score, engine.store.visits),
-            {key: mask.packed for key, mask in engine.sampler.masks.items()},
-            {"engine": engine.state_dict()},
-            engine.manifest.to_json(),
-            engine.replica,
-        )
+        self.engine.save(folder)
 
     def load_state(self, folder: Path) -> None:
         """Take the ES state back, saved under any number of ranks; collective.
@@ -277,12 +267,7 @@ class DeepSpeedSampling(ABC):
         Raises:
             CheckpointError: missing, damaged, of other data or of another run.
         """
-        engine = self.engine
-        state = load_es_state(folder, engine.manifest.total, engine.replica, engine.manifest.to_json())
-        sizes = engine.manifest.sizes
-        masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in state.masks.items()}
-        engine.load_state_dict(state.state["engine"], masks)
-        engine.store.load(state.score, state.visits)
+        self.engine.load(folder)
 
     def _latest(self, folder: Path) -> str | None:
         name = LATEST + (UNIVERSAL if self.deepspeed.load_universal_checkpoint() else "")

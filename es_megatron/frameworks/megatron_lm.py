@@ -19,10 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from es_megatron.checkpoint.es_state import ScoreRange, load_es_state, save_es_state
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
-from es_megatron.data.mask import KeptMask
 from es_megatron.errors import CheckpointError
 from es_megatron.frameworks import auxiliary_losses
 from es_megatron.frameworks.arguments import Switches, read_switches
@@ -152,14 +150,7 @@ def _begin(args: Namespace, dialect: Dialect, switches: Switches, manifest: Mani
 
 
 def _restore(run: Run, folder: Path) -> None:
-    engine = run.sampling.engine
-    manifest = engine.manifest
-    state = load_es_state(folder, manifest.total, engine.replica, manifest.to_json())
-    sizes = manifest.sizes
-    masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in state.masks.items()}
-    engine.load_state_dict(state.state["engine"], masks)
-    engine.store.load(state.score, state.visits)
-    run.totals.load_state_dict(state.state["totals"])
+    run.totals.load_state_dict(run.sampling.engine.load(folder)["totals"])
     if run.iteration != run.resumed_at:
         raise CheckpointError(
             f"`{folder}` must be of iteration {run.resumed_at}, but is of {run.iteration} instead. Use another "
@@ -262,15 +253,8 @@ def state_saved(iteration: int, non_persistent: bool) -> AbstractContextManager[
             f"Megatron saves at iteration {iteration}, but Evolved Sampling is at {_run.iteration}: a step was not "
             "told to it. Report this, with the flags of the run."
         )
-    store = engine.store
-    report = save_es_state(
-        _run.dialect.state_folder(_run.args, iteration),
-        ScoreRange(engine.manifest.total, store.low, store.score, store.visits),
-        {key: mask.packed for key, mask in engine.sampler.masks.items()},
-        {"engine": engine.state_dict(), "totals": _run.totals.state_dict(), "started_at": _run.started_at},
-        engine.manifest.to_json(),
-        engine.replica,
-    )
+    folder = _run.dialect.state_folder(_run.args, iteration)
+    report = engine.save(folder, totals=_run.totals.state_dict(), started_at=_run.started_at)
     if engine.replica.world_rank == 0:
         _say(f"es: saved scores of iteration {iteration}, {report.bytes} bytes in {report.seconds:.2f} s")
     return _expected_folder()

@@ -11,11 +11,9 @@ import numpy as np
 
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.background import BackgroundSave
-from es_megatron.checkpoint.es_state import EsStateWriter, SaveReport, ScoreRange, load_es_state
+from es_megatron.checkpoint.es_state import SaveReport
 from es_megatron.checkpoint.rotation import CheckpointDirectory
 from es_megatron.checkpoint.warm_start import Begin, Resumption, begin_with_scores, read_resumption
-from es_megatron.data.mask import KeptMask
-from es_megatron.engine import EvolvedSampling
 from es_megatron.frameworks.appended import appended_check
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.metrics import RunTotals
@@ -68,15 +66,9 @@ class RunCheckpoints:
         """
         if self._found is None or self._resumption is None:
             return None
-        engine, sizes = backend.engine, self._manifest.sizes
+        engine = backend.engine
         if self._resumption.transfer is None:
-            saved = load_es_state(
-                self._found / ES_STATE, self._manifest.total, engine.replica, self._manifest.to_json()
-            )
-            masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in saved.masks.items()}
-            engine.load_state_dict(saved.state["engine"], masks)
-            engine.store.load(saved.score, saved.visits)
-            state = saved.state
+            state = engine.load(self._found / ES_STATE)
         else:
             state = self._resumption.state
             backend.scheduler.override_opt_param_scheduler = True  # the run has another length now
@@ -99,15 +91,13 @@ class RunCheckpoints:
         partial = self._directory.begin(engine.iteration)
         with agreed(self._world, f"save iteration {engine.iteration}", lambda: None):
             backend.save(partial / MODEL)
-        state = {"engine": engine.state_dict(), "totals": totals.state_dict(), "evaluations": list(evaluations)}
-        writer = self._writer(partial / ES_STATE, engine, state)
+        own = {"totals": totals.state_dict(), "evaluations": list(evaluations)}
+        copied = self._in_background and engine.replica.mp_rank == 0
+        writer = engine.writer(partial / ES_STATE, own, copied=copied)
         if self._in_background:
             self._pending = BackgroundSave(self._directory, engine.iteration, writer, self._world)
             return None
-        writer.prepare()
-        with agreed(self._world, f"save {writer.final}", writer.undo):
-            writer.write()
-        report = writer.finish()
+        report = writer.save()
         return self._told(self._directory.commit(engine.iteration), report)
 
     def advance(self, *, wait: bool = False) -> str | None:
@@ -124,19 +114,6 @@ class RunCheckpoints:
         seconds = time.perf_counter() - self._began
         scores = f"scores and masks: {report.bytes} bytes in {report.seconds:.2f} s"
         return f"saved {where} in {seconds:.1f} s, of which {scores}"
-
-    def _writer(self, folder: Path, engine: EvolvedSampling, state: dict[str, Any]) -> EsStateWriter:
-        """Of the state of this moment: a save in the background works on a copy of the scores."""
-        store, copies = engine.store, self._in_background and engine.replica.mp_rank == 0
-        score, visits = (store.score.copy(), store.visits.copy()) if copies else (store.score, store.visits)
-        return EsStateWriter(
-            folder,
-            ScoreRange(self._manifest.total, store.low, score, visits),
-            {key: mask.packed for key, mask in engine.sampler.masks.items()},
-            state,
-            self._manifest.to_json(),
-            engine.replica,
-        )
 
     def _renumber(self, chosen: np.ndarray) -> np.ndarray:
         """Counts by component of the blend that saved, as counts by component of this one."""
