@@ -54,10 +54,31 @@ def is_on(value: Any) -> bool:
     return any(word not in OFF for word in words(value))
 
 
-def _number(setting: Setting, name: str) -> int:
-    """A size that is 1 unless it is given."""
-    found = words(setting(name))
-    return int(found[0]) if found and found[0].isdigit() else 1
+def is_given(value: Any) -> bool:
+    """Whether an index or a list of them is there, which may be 0."""
+    return any(word not in OFF or word == "0" for word in words(value))
+
+
+def is_above_one(value: Any) -> bool:
+    """Whether a size is more than one; a text that is no number may be."""
+    return any(word not in (*OFF, "1") for word in words(value))
+
+
+def block_is_on(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a block of a DeepSpeed configuration switches something on, as DeepSpeed reads it."""
+    block: Any = config.get(name)
+    if not isinstance(block, dict):
+        return False
+    if name == "compression_training":  # its parts are switched on one by one
+        return _any_enabled(block)
+    return block.get("enabled", False) is True  # pyright: ignore[reportUnknownMemberType]
+
+
+def _any_enabled(value: Any) -> bool:
+    """Whether `"enabled": true` stands anywhere in nested blocks."""
+    if not isinstance(value, dict):
+        return False
+    return value.get("enabled") is True or any(map(_any_enabled, value.values()))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
 @dataclass(frozen=True)
@@ -188,7 +209,7 @@ def _whole_iteration(setting: Setting) -> bool:
 
 
 def _graphs_of_stages(setting: Setting) -> bool:
-    return _graphs(setting) and _number(setting, "pipeline_model_parallel_size") > 1
+    return _graphs(setting) and is_above_one(setting("pipeline_model_parallel_size"))
 
 
 def _own_graphs(setting: Setting) -> bool:
@@ -225,7 +246,7 @@ def _graph_rows(name: str) -> list[Refusal]:
             name,
             "once captured, Megatron's own graphs replay the training pass in evaluation mode too, dropout included",
             "scoring",
-            "use those of Transformer Engine (`cuda_graph_impl: transformer_engine`)",
+            "use Transformer Engine's (`cuda_graph_impl: transformer_engine`, before 0.15 `external_cuda_graph`)",
             applies=by_this(_own_graphs),
         ),
     ]
@@ -286,18 +307,13 @@ MODEL: tuple[Refusal, ...] = (
     ),
     Refusal(
         "context_parallel_size",
-        "losses of one sequence would be spread over ranks",
+        "ranks that share a sequence are not told apart yet, and its losses would be spread over them",
         cure="use tensor or pipeline parallelism, with sequence parallelism for long sequences",
         must="1",
-        applies=lambda setting: _is_above_one(setting("context_parallel_size")),
+        applies=lambda setting: is_above_one(setting("context_parallel_size")),
     ),
 )
 """Settings of a Megatron-Core model (`TransformerConfig`)."""
-
-
-def _is_above_one(value: Any) -> bool:
-    """Whether a size is more than one; a text that is no number may be."""
-    return any(word not in (*OFF, "1") for word in words(value))
 
 
 SAME_BATCH = "the meta-batch must stay the same through the run"
@@ -312,7 +328,11 @@ MEGATRON_LM: tuple[Refusal, ...] = (
     ),
     Refusal("step_batch_size_schedule", SAME_BATCH),
     Refusal("decrease_batch_size_if_needed", SAME_BATCH),
-    Refusal("iterations_to_skip", "skipped iterations read training data outside the schedule"),
+    Refusal(
+        "iterations_to_skip",
+        "skipped iterations read training data outside the schedule",
+        applies=lambda setting: is_given(setting("iterations_to_skip")),
+    ),
     Refusal("phase_transition_iterations", "a phase begins anew in its own data order"),
     Refusal("perform_rl_step", "training data is made during the run, so no sample comes back"),
     Refusal("sft", "packed samples are not rows of a one-epoch packing", cure="use the pretraining data path"),
@@ -351,7 +371,12 @@ MEGATRON_LM: tuple[Refusal, ...] = (
     ),
     Refusal("te_precision_config_file", "what recipes of single modules keep between passes is not known", "scoring"),
     Refusal("kitchen_config_file", "what recipes of single modules keep between passes is not known", "scoring"),
-    Refusal("kitchen_recipe_number", "what recipes of single modules keep between passes is not known", "scoring"),
+    Refusal(
+        "kitchen_recipe_number",
+        "what recipes of single modules keep between passes is not known",
+        "scoring",
+        applies=lambda setting: is_given(setting("kitchen_recipe_number")),
+    ),
 )
 """Arguments of Megatron-LM beside those of the model."""
 
@@ -364,6 +389,13 @@ MEGATRON_DEEPSPEED: tuple[Refusal, ...] = (
     Refusal("compression_training", "compression has not been tried"),
     Refusal("train_tokens", "the run's length is planned in iterations"),
     Refusal("train_data_exact_num_epochs", "the epochs are planned"),
+    Refusal(
+        "num_experts",
+        "mixtures of experts have not been tried there",
+        cure="use Megatron-LM for those",
+        must="1",
+        applies=lambda setting: is_above_one([setting("num_experts"), setting("num_moe_experts")]),
+    ),
     Refusal("return_data_index", "a sample has tokens alone"),
     Refusal("use_dataset_only", "a sample has tokens alone"),
 )
@@ -372,9 +404,9 @@ MEGATRON_DEEPSPEED: tuple[Refusal, ...] = (
 OWN_ORDER = "DeepSpeed's own sampler would choose the samples, and it knows them by index only"
 
 DEEPSPEED: tuple[Refusal, ...] = (
-    Refusal("curriculum_learning", "it shortens sequences behind the sampler's back"),
+    Refusal("curriculum_learning", "it shortens sequences behind the sampler's back", "selection"),
     Refusal("data_efficiency", OWN_ORDER),
-    Refusal("random_ltd", "it drops tokens in training that the score would see"),
+    Refusal("random_ltd", "it drops tokens in training that the score would see", "selection"),
     Refusal("progressive_layer_drop", "the pass would go through other layers than training does", "scoring"),
     Refusal("hybrid_engine", "it is for reinforcement learning, which makes its samples as it goes"),
     Refusal(
@@ -383,12 +415,12 @@ DEEPSPEED: tuple[Refusal, ...] = (
         cure="tune first, then use the configuration that it found",
     ),
     Refusal("compression_training", "quantisation and pruning schedules count forward passes", "scoring"),
-    Refusal("moe_layers", "experts of DeepSpeed have another capacity in evaluation than in training", "scoring"),
+    Refusal("moe_layers", "DeepSpeed's experts have not been tried with fewer micro-batches", "selection"),
     Refusal(
         "sequence_parallel_size",
-        "losses of one sequence would be spread over ranks",
+        "ranks that share a sequence are not told apart yet, and its losses would be spread over them",
         must="1",
-        applies=lambda setting: _is_above_one(setting("sequence_parallel_size")),
+        applies=lambda setting: is_above_one(setting("sequence_parallel_size")),
     ),
 )
 """Blocks of a DeepSpeed configuration, and features of its engine."""

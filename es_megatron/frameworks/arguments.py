@@ -26,6 +26,8 @@ class Switches(NamedTuple):
     """None: Evolved Sampling is off, and the run is to be left as it is."""
     audit: Path | None
     """File for the chosen ids of each iteration."""
+    strict_versions: bool = False
+    """Whether an upstream that was not tested is refused; it switches nothing on by itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -37,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     Returns:
         The parser, as Megatron's functions of this kind do.
     """
-    group = parser.add_argument_group("evolved sampling", "Any of these flags switches it on; see docs/patching.md.")
+    group = parser.add_argument_group(
+        "evolved sampling", f"Any of these flags but {STRICT_VERSIONS} switches it on; see docs/patching.md."
+    )
     group.add_argument(
         "--es",
         action=argparse.BooleanOptionalAction,
@@ -74,13 +78,13 @@ def read_switches(arguments: argparse.Namespace) -> Switches:
         ConfigError: a value out of range.
     """
     given = {name: value for name, value in vars(arguments).items() if name.startswith(PREFIX) or name == "es"}
+    strict = bool(given.pop("es_strict_versions", False))
     if not given or not given.pop("es", True):
-        return Switches(None, None)
+        return Switches(None, None, strict)
     audit = given.pop("es_audit", None)
-    given.pop("es_strict_versions", None)  # read before anything was patched
     fields = {name.removeprefix(PREFIX): value for name, value in given.items()}
     config = build(EvolvedSamplingConfig, fields, "flags --es-*")
-    return Switches(config, None if audit is None else Path(audit))
+    return Switches(config, None if audit is None else Path(audit), strict)
 
 
 def field_help(cls: type) -> dict[str, str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
-from es_megatron.compatibility import DEEPSPEED, refuse
+from es_megatron.compatibility import DEEPSPEED, block_is_on, refuse
 from es_megatron.config import EvolvedSamplingConfig, build
 from es_megatron.data.manifest import Manifest
 from es_megatron.engine import EvolvedSampling
@@ -44,7 +44,9 @@ LATEST = "latest"
 UNIVERSAL = "_universal"
 
 FEATURES: Mapping[str, Callable[[Any], Any]] = {
-    "curriculum_learning": lambda engine: asked(engine, "curriculum_learning") or engine.curriculum_learning_enabled(),
+    "curriculum_learning": lambda engine: (
+        block_is_on(engine._config._param_dict, "curriculum_learning") or engine.curriculum_learning_enabled()
+    ),
     "random_ltd": lambda engine: engine.random_ltd_enabled(),
     "moe_layers": lambda engine: engine.has_moe_layers,
     "sequence_parallel_size": lambda engine: engine.sequence_parallel_size,
@@ -94,15 +96,9 @@ def check_engine(engine: Any, config: EvolvedSamplingConfig) -> None:
         )
 
     def feature(name: str) -> Any:
-        return FEATURES[name](engine) if name in FEATURES else asked(engine, name)
+        return FEATURES[name](engine) if name in FEATURES else block_is_on(engine._config._param_dict, name)
 
-    if config.arm != "plain":
-        refuse(DEEPSPEED, feature, config)
-
-
-def asked(engine: Any, block: str) -> bool:
-    """Whether the engine's JSON has a block that is enabled."""
-    return bool(engine._config._param_dict.get(block, {}).get("enabled", False))
+    refuse(DEEPSPEED, feature, config)
 
 
 def optimizer_name(engine: Any) -> str:

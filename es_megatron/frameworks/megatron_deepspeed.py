@@ -51,11 +51,6 @@ def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
         raise ConfigError(
             "`--deepspeed` must be given with Evolved Sampling on Megatron-DeepSpeed. Give it, or use Megatron-LM."
         )
-    if max(args.num_experts) > 1:
-        raise ConfigError(
-            f"`--num-experts` must be 1 with Evolved Sampling on Megatron-DeepSpeed, but is {args.num_experts} "
-            "instead: experts' capacity in evaluation is another than in training. Use Megatron-LM for those."
-        )
 
 
 def read_sources(args: Namespace) -> Sources:

@@ -85,8 +85,8 @@ def judge_tested(name: str, version: str, python: str) -> Finding:
         python: version of Python.
     """
     here = [each for each in TESTED if is_version(python, each["python"])]
-    known = [each[name] for each in here if name in each] or [each[name] for each in TESTED if name in each]
-    if not known or (here and any(is_version(version, each) for each in known)):
+    known = [each[name] for each in here or TESTED if name in each]
+    if not known or any(is_version(version, each) for each in known):
         return Finding("OK", name, version)
     where = f" on Python {here[0]['python']}" if here and name != "python" else ""
     return Finding(
@@ -99,4 +99,7 @@ def judge_tested(name: str, version: str, python: str) -> Finding:
 
 def is_version(version: str, tested: str) -> bool:
     """Whether a version is a tested one, or a build or patch release of it: 2.13.0+cpu is 2.13.0, 3.11.7 is 3.11."""
-    return Version(version).release[: len(Version(tested).release)] == Version(tested).release
+    return (
+        not Version(version).is_prerelease
+        and Version(version).release[: len(Version(tested).release)] == Version(tested).release
+    )

@@ -282,6 +282,16 @@ def test_what_cannot_work_is_refused_before_the_first_iteration(settings, messag
             {"_config": SimpleNamespace(_param_dict={"progressive_layer_drop": {"enabled": True}})},
             "progressive_layer_drop",
         ),
+        (
+            {
+                "_config": SimpleNamespace(
+                    _param_dict={
+                        "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}}
+                    }
+                )
+            },
+            "compression_training",
+        ),
         ({"has_moe_layers": True}, "moe_layers"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
     ],
@@ -294,12 +304,13 @@ def test_features_that_a_scoring_pass_would_get_wrong_are_refused(feature, name)
         "random_ltd_enabled": lambda: False,
         "has_moe_layers": False,
         "sequence_parallel_size": 1,
-        "_config": SimpleNamespace(_param_dict={}),
+        "_config": SimpleNamespace(_param_dict={"autotuning": None, "hybrid_engine": {"enabled": False}}),
     }
     check_engine(SimpleNamespace(**usual), EvolvedSamplingConfig(preset="paper"))
     engine = SimpleNamespace(**{**usual, **feature})
-    check_engine(engine, EvolvedSamplingConfig(preset="paper", arm="plain"))
-    with pytest.raises(ConfigError, match=f"`{name}` must be (off|1) with .* [Ss]witch it off"):
+    if name != "sequence_parallel_size":
+        check_engine(engine, EvolvedSamplingConfig(preset="paper", arm="plain"))
+    with pytest.raises(ConfigError, match=f"`{name}` must be (off|1) (with|where) .* [Ss]witch it off"):
         check_engine(engine, EvolvedSamplingConfig(preset="paper"))
 
 

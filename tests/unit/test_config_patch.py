@@ -274,6 +274,22 @@ def test_any_script_is_restored(lines, ending, launcher, indent):
     assert unpatch("script", patched) == (text, True)
 
 
+@pytest.mark.parametrize("name", ["train.sh", "arguments.txt"])
+def test_strictness_is_written_and_taken_out_again(name, tmp_path):
+    launch = SMALL if name == "train.sh" else "--num-layers 2 --micro-batch-size 1 --global-batch-size 64"
+    text = f"{launch} --lr 1e-4 --bf16\n"
+    path = tmp_path / name
+    path.write_text(text)
+    more = ["--world-size", "4", "--es-strict-versions", "--in-place"]
+    assert cli.main(["patch", str(path), *more]) == 0
+    assert "--es-strict-versions" in path.read_text()
+    assert cli.main(["unpatch", str(path)]) == 0
+    assert path.read_text() == text
+    path.write_text(text.replace("--lr", "--es --es-strict-versions --lr"))
+    assert cli.main(["unpatch", str(path)]) in (0, 2)
+    assert "--lr 1e-4" in path.read_text()
+
+
 def test_edits_made_after_patching_survive_unpatching(tmp_path, capsys):
     path = tmp_path / "train.sh"
     path.write_text(f"#!/bin/bash\n{SMALL}\n")
@@ -328,13 +344,13 @@ def test_what_cannot_be_read_is_told_with_the_cure(name, text, message, tmp_path
 @pytest.mark.parametrize(
     ("more", "severity", "told"),
     [
-        ("--context-parallel-size 2", "REFUSE", "spread over ranks"),
+        ("--context-parallel-size 2", "REFUSE", "its losses would be spread over them"),
         ("--context-parallel-size 1", "OK", "precision, CUDA graphs and parallelism"),
         ("--fp8-hybrid --es-scorer fresh", "REFUSE", "`--fp8-recipe delayed`: delayed scaling keeps a history"),
         ("--dataloader-type external", "REFUSE", "sample ids"),
         ("--dataloader-type cyclic", "NOTE", "its own order"),
         ("--num-experts 8 --moe-token-dropping", "NOTE", "neighbours"),
-        ("--deepspeed --num-experts 64", "REFUSE", "another capacity"),
+        ("--deepspeed --num-experts 64", "REFUSE", "experts have not been tried there"),
         ("--deepspeed --random-ltd", "REFUSE", "drops tokens"),
         ("--checkpoint-activations", "OK", "costs 3 forward passes"),
         ("--num-workers 5", "NOTE", "10 iterations early"),

@@ -77,7 +77,9 @@ def test_versions_are_held_against_the_metadata():
     [
         ("torch", "2.13.0+cpu", "3.11.7", None),
         ("torch", "2.9.1", "3.11.7", "the tests run with 2.13.0 on Python 3.11"),
-        ("torch", "2.13.0", "3.13.0", "the tests run with 2.13.0"),
+        ("torch", "2.13.0", "3.13.0", None),
+        ("torch", "2.14.0", "3.13.0", "the tests run with 2.13.0"),
+        ("megatron-core", "0.16.1rc0", "3.11.7", "the tests run with 0.16.1 on Python 3.11"),
         ("python", "3.12.1", "3.12.1", None),
         ("python", "3.13.0", "3.13.0", "the tests run with 3.11 and 3.12"),
         ("megatron-core", "0.16.1", "3.11.7", None),
@@ -122,6 +124,15 @@ def test_settings_of_a_run_are_judged_by_its_scorer(tmp_path, scorer):
     else:
         assert [told.split(":")[0] for told in failed] == ["`--fp8-recipe delayed`", "`--cuda-graph-impl local`"]
         assert all(finding.cure for finding in findings if finding.state == "FAIL")
+
+
+def test_flags_that_cannot_be_read_end_no_report(tmp_path):
+    script = tmp_path / "train.sh"
+    for scorer in ("$SCORER", "best", ""):
+        script.write_text(f"{CONFIG} --es-scorer {scorer}\n")
+        (finding,) = doctor.check_config(script)
+        assert finding.state == "FAIL"
+        assert "--es-scorer" in finding.told
 
 
 def test_settings_that_cannot_be_read_are_told(tmp_path):

@@ -23,6 +23,7 @@ from es_megatron.tools.patching import (
     apply,
     check,
     list_patches,
+    patch_and_report,
     read_patches,
     report,
     undo,
@@ -343,6 +344,7 @@ def test_flags_are_the_fields_of_the_settings() -> None:
             EvolvedSamplingConfig(beta2=0.7, inclusion_weights=True, scoring_micro_batch_size=8),
         ),
         (["--no-es", "--es-beta2", "0.7"], None),
+        (["--es-strict-versions"], None),
     ],
 )
 def test_flags_switch_it_on(flags: list[str], expected: EvolvedSamplingConfig | None) -> None:
@@ -350,6 +352,24 @@ def test_flags_switch_it_on(flags: list[str], expected: EvolvedSamplingConfig | 
     assert read_switches(arguments).config == expected
     if not flags:
         assert vars(arguments) == {}, "a run without the flags carries no trace of them into its checkpoints"
+
+
+def test_strictness_is_read_off_the_command_line(small: Small, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Patches are applied before the script parses anything."""
+    small.write("1.5.0", UPSTREAM)
+    monkeypatch.setattr("es_megatron.tools.patching.registry.read_patches", lambda _: small.patches)
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--es", "--es-strict-versions"])
+    with pytest.raises(PatchError, match=r"`--es-strict-versions` is given"):
+        patch_and_report("small")
+    assert small.training.step(1, 2) == 3
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--es"])
+    patch_and_report("small")
+    assert small.training.step(1, 2) == 6
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == (
+        "es_megatron: small 1.5.0 has not been tested with these patches (1.2, 1.4 have); every target is as declared, "
+        "so it runs (--es-strict-versions refuses it)"
+    )
 
 
 def test_wrong_values() -> None:

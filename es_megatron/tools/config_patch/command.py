@@ -59,8 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(report.text(), file=sys.stderr if arguments.diff else sys.stdout)
     if arguments.check or report.refused:
         return int(report.refused)
-    audit = None if switches.audit is None else str(switches.audit)
-    patched = patch(source, report.proposal.config, audit)
+    patched = patch(source, report.proposal.config, switches)
     if arguments.diff:
         sys.stdout.write(diff_of(arguments.config.name, source.text, patched))
         return 0

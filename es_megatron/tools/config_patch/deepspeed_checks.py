@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from es_megatron.compatibility import DEEPSPEED, find
+from es_megatron.compatibility import DEEPSPEED, block_is_on, find
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.tools.config_patch.existing_run import ExistingRun
 from es_megatron.tools.config_patch.findings import Finding, note, ok, refuse
@@ -36,7 +36,7 @@ def check_deepspeed(run: ExistingRun, settings: EvolvedSamplingConfig) -> Iterat
     """Findings about a DeepSpeed JSON, for settings of Evolved Sampling."""
     config = run.deepspeed
     yield from _zero(config)
-    found = list(find(DEEPSPEED, lambda name: enabled(config, name) or None, settings))
+    found = list(find(DEEPSPEED, lambda name: block_is_on(config, name) or None, settings))
     for row in found:
         yield refuse(f"`{row.name}`", row.why, row.way_out())
     if not found:

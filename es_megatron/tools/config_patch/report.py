@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from typing import NoReturn
 
 from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.errors import ConfigError
 from es_megatron.frameworks import arguments as flags
 from es_megatron.tools.config_patch.checks import check
 from es_megatron.tools.config_patch.deepspeed_checks import check_deepspeed
@@ -71,7 +73,7 @@ def wishes_in(source: Source, wishes: Wishes) -> Wishes:
     if not source.settings or wishes.given:
         return wishes
     if isinstance(source.settings, tuple):
-        namespace = flags.add_arguments(_parser()).parse_args(list(source.settings))
+        namespace = flags.add_arguments(_Parser(add_help=False)).parse_args(list(source.settings))
         config = flags.read_switches(namespace).config
         given = {name.removeprefix("es_") for name in vars(namespace)}
     else:
@@ -80,8 +82,11 @@ def wishes_in(source: Source, wishes: Wishes) -> Wishes:
     return Wishes(config or EvolvedSamplingConfig(arm="plain"), frozenset(given), wishes.passes)
 
 
-def _parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog="es-megatron patch", add_help=False)
+class _Parser(argparse.ArgumentParser):
+    """Of flags that stand in a config: what is wrong with them is an error like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"The flags `--es-*` in the config cannot be read: {message}. Correct them there.")
 
 
 def examine_run(run: ExistingRun, wishes: Wishes) -> tuple[list[Finding], Proposal]:

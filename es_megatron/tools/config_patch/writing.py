@@ -16,17 +16,21 @@ import yaml
 
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import ConfigError
+from es_megatron.frameworks.arguments import STRICT_VERSIONS, Switches
 from es_megatron.tools.config_patch.existing_run import Kind
 from es_megatron.tools.config_patch.json_members import Member, members_of
 from es_megatron.tools.config_patch.launches import RUNNER, Launch
 from es_megatron.tools.config_patch.reading import BLOCK, Source, last_word
 from es_megatron.tools.config_patch.shell_syntax import CONTINUED
 
+NO_SWITCHES = Switches(None, None)
 BEGIN, END = "# >>> es-megatron", "# <<< es-megatron <<<"
 ARRAYS = ("ES_ARGS", "ES_MEGATRON_ARGS")
 UNENDED = "no newline at the end"
 MARKED = re.compile(rf"[ \t]*{BEGIN} \(([^)]*)\).*?{END}\r?\n", re.DOTALL)
-PLAIN = "|".join(f.name.replace("_", "-") for f in dataclasses.fields(EvolvedSamplingConfig) if f.default is False)
+BARE = [field.name.replace("_", "-") for field in dataclasses.fields(EvolvedSamplingConfig) if field.default is False]
+PLAIN = "|".join([*BARE, STRICT_VERSIONS.removeprefix("--es-")])
+"""Flags without a value, as an alternative of a pattern."""
 FLAG = rf"(?:--(?:no-)?es(?:-(?:{PLAIN}))?(?![\w-])|--es-[a-z0-9-]+[ =][^\s\"'\\]+)"
 RUN_AS_MODULE = re.compile(rf"(?:-m|--module) {re.escape(RUNNER)} ")
 IN_LAUNCH = re.compile(rf" (?:\"\$\{{(?:{'|'.join(ARRAYS)})\[@\]\}}\"|{FLAG})")
@@ -42,18 +46,24 @@ def settings_of(config: EvolvedSamplingConfig) -> dict[str, Any]:
     }
 
 
-def flags_of(config: EvolvedSamplingConfig, audit: str | None = None) -> list[str]:
-    """The same as flags, each with its value."""
+def flags_of(config: EvolvedSamplingConfig, switches: Switches = NO_SWITCHES) -> list[str]:
+    """The same as flags, each with its value, and what goes with them."""
     flags: list[str] = []
     for name, value in settings_of(config).items():
         flag = f"--es-{name.replace('_', '-')}"
         told = " ".join(value) if isinstance(value, list) else value
         flags.append(flag if value is True else f"{flag} {told}")
-    return flags + ([f"--es-audit {audit}"] if audit else [])
+    flags += [] if switches.audit is None else [f"--es-audit {switches.audit}"]
+    return flags + ([STRICT_VERSIONS] if switches.strict_versions else [])
 
 
-def patch(source: Source, config: EvolvedSamplingConfig, audit: str | None = None) -> str:
+def patch(source: Source, config: EvolvedSamplingConfig, switches: Switches = NO_SWITCHES) -> str:
     """The text with Evolved Sampling put in.
+
+    Args:
+        source: what was read.
+        config: its settings.
+        switches: whose audit file and strictness are put in besides.
 
     Raises:
         ConfigError: it is in already, or this text cannot be patched so that undoing it restores it.
@@ -62,14 +72,15 @@ def patch(source: Source, config: EvolvedSamplingConfig, audit: str | None = Non
         raise ConfigError(
             "It is patched already. Edit the settings in it, or take them out with `es-megatron unpatch` first."
         )
+    audit = "" if switches.audit is None else str(switches.audit)
     if audit and (source.kind in ("yaml", "deepspeed") or re.search(r"[\s\"'\\$]", audit)):
         raise ConfigError(
             "`--es-audit` must be a plain path, and is for scripts and argument lists only. Leave it out here."
         )
     if source.kind == "script":
-        patched = _patch_script(source, flags_of(config, audit))
+        patched = _patch_script(source, flags_of(config, switches))
     elif source.kind == "arguments":
-        patched = _patch_arguments(source.text, flags_of(config, audit))
+        patched = _patch_arguments(source.text, flags_of(config, switches))
     elif source.kind == "yaml":
         patched = _patch_yaml(source.text, settings_of(config))
     else:
