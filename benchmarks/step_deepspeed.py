@@ -80,7 +80,7 @@ class DeepSpeedBench:
 
     def step(self, name: str) -> dict[str, float]:
         """One iteration of an arm; the seconds of its parts, the optimizer's step in `train`."""
-        self._arms[name].train_batch()
+        self._arms[name].step()
         record: Any = self._arms[name].engine.last
         return {part: record.seconds.get(part, 0.0) for part in ("score", "train", "exchange", "order")}
 

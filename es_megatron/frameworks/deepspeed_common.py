@@ -28,6 +28,7 @@ from es_megatron.data.manifest import Manifest
 from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
+from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.rate import scaled_steps
 from es_megatron.parallel import Replica
 from es_megatron.step import Trained, Work
@@ -158,7 +159,7 @@ def universal_mended(engine: Any) -> Generator[None]:
             state["step"] = state["step"].clone()
 
 
-class DeepSpeedSampling(ABC):
+class DeepSpeedSampling(Handle, ABC):
     """Evolved Sampling attached to a DeepSpeed engine; subclasses do the passes (`es_megatron.engine.Framework`)."""
 
     def __init__(self, engine: EvolvedSampling, feed: MetaBatchFeed | None, deepspeed: Any, loss_source: int) -> None:
@@ -170,7 +171,8 @@ class DeepSpeedSampling(ABC):
             deepspeed: DeepSpeed's engine.
             loss_source: model-parallel rank that computes losses.
         """
-        self.engine, self.feed, self.deepspeed, self.loss_source = engine, feed, deepspeed, loss_source
+        super().__init__(engine, feed, loss_source)
+        self.deepspeed = deepspeed
         self._own_save, self._own_load = deepspeed.save_checkpoint, deepspeed.load_checkpoint
         deepspeed.save_checkpoint, deepspeed.load_checkpoint = self.save_checkpoint, self.load_checkpoint
 
@@ -187,7 +189,7 @@ class DeepSpeedSampling(ABC):
     def train(self, work: Work) -> Trained:
         """Forward and backward on the chosen sequences, and the optimizer's step; see `Framework.train`."""
 
-    def train_batch(self) -> Any:
+    def step(self) -> Any:
         """Draw a meta-batch, choose, train on the choice, step once, and close the iteration; collective.
 
         Returns:
@@ -227,7 +229,7 @@ class DeepSpeedSampling(ABC):
         tag = str(tag) if tag is not None else f"global_step{self.deepspeed.global_steps}"
         done = self._own_save(str(save_dir), tag=tag, client_state=dict(client_state or {}), save_latest=False, **more)
         replica = self.engine.replica
-        self.save_state(Path(save_dir) / tag / ES_STATE)
+        self.save(Path(save_dir) / tag / ES_STATE)
         with agreed(replica, f"move {Path(save_dir) / LATEST}"):
             if save_latest and replica.world_rank == 0:
                 disk.replace_file(Path(save_dir) / LATEST, tag.encode())
@@ -250,20 +252,8 @@ class DeepSpeedSampling(ABC):
         with universal_mended(self.deepspeed) if self.deepspeed.load_universal_checkpoint() else nullcontext():
             found = self._own_load(str(load_dir), tag, *args, **more)
         if es_state and tag is not None and found[0] is not None:
-            self.load_state(state_folder(Path(load_dir), str(tag)))
+            self.load(state_folder(Path(load_dir), str(tag)))
         return found
-
-    def save_state(self, folder: Path) -> None:
-        """Write the ES state of all ranks into a folder; collective."""
-        self.engine.save(folder)
-
-    def load_state(self, folder: Path) -> None:
-        """Take the ES state back, saved under any number of ranks; collective.
-
-        Raises:
-            CheckpointError: missing, damaged, of other data or of another run.
-        """
-        self.engine.load(folder)
 
     def _latest(self, folder: Path) -> str | None:
         name = LATEST + (UNIVERSAL if self.deepspeed.load_universal_checkpoint() else "")

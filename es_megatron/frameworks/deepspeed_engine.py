@@ -3,7 +3,7 @@
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config="deepspeed.json")
     sampling = attach(engine, manifest, rows, train_samples=1_000_000)
     while not sampling.engine.done:
-        loss = sampling.train_batch()
+        loss = sampling.step()
 
 The optimizer steps once for each meta-batch: the accumulation steps are set to the micro-batches that are trained, and
 the engine's count of them begins anew. Shape suffixes: B sequences of a micro-batch, T tokens of a sequence.

@@ -3,7 +3,7 @@
     engine, *_ = deepspeed.initialize(model=PipelineModule(...), optimizer=optimizer, config="deepspeed.json")
     sampling = attach(engine, manifest, rows, train_samples=1_000_000, token_losses=token_losses)
     while not sampling.engine.done:
-        loss = sampling.train_batch()
+        loss = sampling.step()
 
 A meta-batch is scored by forward-only evaluation with a loss function that gives one loss per sequence, and trained by
 `train_batch` with as many accumulation steps as there are chosen micro-batches. Losses and choice reach the stages

@@ -27,6 +27,7 @@ from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
+from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.scoring import join, sequence_losses, shortened, traceless
 from es_megatron.parallel import Replica
 from es_megatron.plan import check_micro_batches
@@ -75,7 +76,7 @@ def mask_of_partial(loss_func: Callable[..., Any]) -> Tensor:
     )
 
 
-class MegatronCoreSampling:
+class MegatronCoreSampling(Handle):
     """Evolved Sampling attached to a Megatron-Core training loop."""
 
     def __init__(
@@ -89,7 +90,9 @@ class MegatronCoreSampling:
             loss_source: model-parallel rank that computes losses.
             loss_mask_of: finds the loss mask in what the forward step returns.
         """
-        self.engine, self.feed, self.loss_source, self.loss_mask_of = engine, feed, loss_source, loss_mask_of
+        super().__init__(engine, feed, loss_source)
+        self.loss_mask_of = loss_mask_of
+        self._give_back: Callable[[], None] = lambda: None
 
     def wrap(self, schedule: Schedule) -> Schedule:
         """A function for `get_forward_backward_func()`'s place; forward-only calls pass through untouched."""
@@ -107,8 +110,31 @@ class MegatronCoreSampling:
         return forward_backward
 
     def finish(self, succeeded: bool) -> None:
-        """Tell whether the optimizer stepped; call it after every training iteration."""
+        """Tell whether the optimizer stepped; call it after every training iteration, unless `finish_with` does."""
         self.engine.finish(succeeded)
+
+    def finish_with(self, optimizer: Any) -> None:
+        """Close every iteration when an optimizer has stepped, until `detach`.
+
+        Args:
+            optimizer: Megatron-Core's, whose `step` returns (whether it stepped, norm, zeros), or torch's, whose
+                step always counts.
+        """
+        original = optimizer.step
+
+        @functools.wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            outcome = original(*args, **kwargs)
+            self.finish(bool(outcome[0]) if isinstance(outcome, tuple) else True)
+            return outcome
+
+        own = vars(optimizer).get("step")  # a learning-rate schedule of torch's puts one there
+        optimizer.step = step
+        self._give_back = lambda: vars(optimizer).pop("step", None) if own is None else setattr(optimizer, "step", own)
+
+    def detach(self) -> None:
+        """Give the optimizer its own `step` back."""
+        self._give_back()
 
     def _check_call(self, call: dict[str, Any]) -> None:
         engine = self.engine
@@ -269,6 +295,7 @@ def attach(  # noqa: PLR0913 - one call says all
     prefetch: int = 2,
     loss_mask_of: LossMaskOf = mask_of_partial,
     begin: Begin = begin_with_scores,
+    optimizer: Any = None,
 ) -> MegatronCoreSampling:
     """Attach Evolved Sampling to a Megatron-Core run; collective, after `parallel_state` is initialised.
 
@@ -284,6 +311,7 @@ def attach(  # noqa: PLR0913 - one call says all
         prefetch: meta-batches a worker reads ahead.
         loss_mask_of: finds the loss mask in what the forward step returns.
         begin: see `EvolvedSampling`.
+        optimizer: the loop's; its `step` then closes every iteration, and `finish` must not be called. None: call it.
 
     Raises:
         ConfigError, LayoutError: what cannot work, before the first iteration.
@@ -309,7 +337,10 @@ def attach(  # noqa: PLR0913 - one call says all
         feed = MetaBatchFeed(
             rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=config.mask_lag
         )
-    return MegatronCoreSampling(engine, feed, source, loss_mask_of)
+    sampling = MegatronCoreSampling(engine, feed, source, loss_mask_of)
+    if optimizer is not None:
+        sampling.finish_with(optimizer)
+    return sampling
 
 
 def check_scoring_size(config: EvolvedSamplingConfig, own: int, pipeline: int, virtual: int) -> None:

@@ -110,7 +110,7 @@ class DeepSpeedBackend:
     def iterate(self) -> Iteration:
         """See `Backend.iterate`."""
         rate = learning_rate(self.deepspeed.optimizer)
-        loss = self.sampling.train_batch()
+        loss = self.sampling.step()
         succeeded = bool(self.deepspeed.was_step_applied())
         if succeeded:
             self.scheduler.step(1)

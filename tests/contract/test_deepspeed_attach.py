@@ -149,7 +149,7 @@ def test_it_trains_as_torch_does_on_the_chosen_rows_and_steps_once_a_meta_batch(
         seen = watch(sampling)
         torch.manual_seed(100 + dist.get_rank())  # for dropout: scoring must not draw
         while not sampling.engine.done:
-            sampling.train_batch()
+            sampling.step()
         engine = sampling.deepspeed
         assert engine.global_steps == sampling.engine.iteration == len(seen)
         assert engine.train_batch_size() == B
@@ -169,13 +169,13 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_of_a_run_that_goes_
 
     def body():
         sampling = attach(engine_of(json_of(stage)), MANIFEST, Rows(), train_samples=SAMPLES, token_losses=spoiled)
-        sampling.train_batch()
+        sampling.step()
         before, scores = weights_of(sampling.deepspeed), sampling.engine.store.score.copy()
         if stage == 0:  # DeepSpeed does not look
             with pytest.raises(LossError, match="not finite, and DeepSpeed has applied it"):
-                sampling.train_batch()
+                sampling.step()
             return True
-        sampling.train_batch()
+        sampling.step()
         assert torch.equal(weights_of(sampling.deepspeed), before)
         assert sampling.deepspeed.skipped_steps == 1
         return bool((sampling.engine.store.score == scores).all())
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_of_a_run_that_goes_
 def test_bf16_with_zero_trains():
     def body():
         sampling = attached(json_of(2, bf16={"enabled": True}))
-        losses = [sampling.train_batch() for _ in range(4)]
+        losses = [sampling.step() for _ in range(4)]
         return all(np.isfinite(losses))
 
     assert run_on_ranks(2, body, timeout=SECONDS) == [True, True]
@@ -206,12 +206,12 @@ def test_a_checkpoint_carries_the_es_state_before_latest_names_it(stage, tmp_pat
     def train():
         sampling = attached(json_of(stage))
         for _ in range(6):
-            sampling.train_batch()
+            sampling.step()
         sampling.deepspeed.save_checkpoint(str(tmp_path), client_state={"mine": 1})
         random = torch.get_rng_state()
         chosen = []
         while not sampling.engine.done:
-            sampling.train_batch()
+            sampling.step()
             chosen.append(sampling.engine.last.chosen.tolist())
         return list(order), random, chosen, weights_of(sampling.deepspeed)
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_carries_the_es_state_before_latest_names_it(stage, tmp_pat
         torch.set_rng_state(states[dist.get_rank()])
         chosen = []
         while not sampling.engine.done:
-            sampling.train_batch()
+            sampling.step()
             chosen.append(sampling.engine.last.chosen.tolist())
         return path, chosen, weights_of(sampling.deepspeed)
 

@@ -1,0 +1,95 @@
+"""`attach`: one verb for DeepSpeed's engines and for loops around Megatron-Core.
+
+Importing this imports neither megatron nor deepspeed; `attach` imports what the object it is given comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.data.manifest import Manifest
+from es_megatron.errors import ConfigError
+
+
+class Blend(Protocol):
+    """Samples by id, and what they belong to; `load_blend` makes one of a blend file."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Components and their sizes."""
+        ...
+
+    @property
+    def rows(self) -> Any:
+        """`rows[id]` is a sample: `tokens`, `labels`, `loss_mask`, `position_ids`, each `[T]`."""
+        ...
+
+
+def attach(
+    target: Any, blend: Blend, *, train_samples: int, config: EvolvedSamplingConfig | None = None, **options: Any
+) -> Any:
+    """Attach Evolved Sampling to a training loop; collective, on every rank.
+
+    Args:
+        target: a `DeepSpeedEngine` or `PipelineEngine`, as `deepspeed.initialize` gives it; or the model of a loop
+            around Megatron-Core, a module or the list of its chunks, once `parallel_state` is initialised.
+        blend: the training data, of `load_blend`.
+        train_samples: sequences that the plain run would draw.
+        config: settings; None: the engine's `"evolved_sampling"` block, or the defaults on Megatron-Core.
+        options: those of the framework's own `attach` (`deepspeed_engine`, `deepspeed_pipe`, `megatron_core`).
+            Megatron-Core needs `global_batch_size` and `micro_batch_size`; with `optimizer=` given, its `step` closes
+            every iteration, and `finish` is not to be called.
+
+    Returns:
+        A `Handle`. On DeepSpeed `step()` trains one meta-batch; on Megatron-Core `wrap(schedule)` goes around the
+        schedule, and `finish(succeeded)` closes an iteration. Both have `plan`, `iteration`, `done`, `save`, `load`,
+        `state_dict` and `detach`.
+
+    Raises:
+        ConfigError: what cannot work, before the first iteration.
+    """
+    engines = {each.__name__ for each in type(target).__mro__ if each.__module__.partition(".")[0] == "deepspeed"}
+    if "PipelineEngine" in engines:
+        from es_megatron.frameworks import deepspeed_pipe
+
+        return deepspeed_pipe.attach(
+            target, blend.manifest, blend.rows, train_samples=train_samples, config=config, **options
+        )
+    if "DeepSpeedEngine" in engines:
+        from es_megatron.frameworks import deepspeed_engine
+
+        return deepspeed_engine.attach(
+            target, blend.manifest, blend.rows, train_samples=train_samples, config=config, **options
+        )
+    model_config = _config_of(target)
+    for name in ("global_batch_size", "micro_batch_size"):
+        if name not in options:
+            raise ConfigError(f"`{name}` must be given for a loop around Megatron-Core. Give the run's own.")
+    from es_megatron.frameworks import megatron_core
+
+    return megatron_core.attach(
+        config or EvolvedSamplingConfig(),
+        blend.manifest,
+        blend.rows,
+        model_config=model_config,
+        train_samples=train_samples,
+        **options,
+    )
+
+
+def _config_of(target: Any) -> Any:
+    """The `TransformerConfig` of a model of Megatron-Core.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    chunks = cast(Sequence[Any], target) if isinstance(target, list | tuple) else [target]
+    found = getattr(chunks[0], "config", None) if chunks else None
+    if not hasattr(found, "pipeline_model_parallel_size"):
+        raise ConfigError(
+            "`attach` must be given a DeepSpeed engine, or a model of Megatron-Core (which has a `config`), but "
+            f"is given {type(target).__name__} instead. For a model of another kind use DeepSpeed's engine."
+        )
+    return found
