@@ -111,7 +111,7 @@ def test_reference_selects_prunes_and_tells(reference: Outcome) -> None:
 def test_same_sequences_on_every_layout(site: Site, weights: list[str], reference: Outcome, layout: str) -> None:
     ranks, flags = LAYOUTS[layout]
     if "--use-distributed-optimizer" in flags and site.minor_version < 14:
-        pytest.skip("the distributed optimizer of core_v0.12 needs Transformer Engine")
+        pytest.skip("before core_v0.14 the distributed optimizer needs Transformer Engine")
     outcome = succeeded(site.run(layout, [*LENGTH, *SCORES, *weights, *flags], ranks=ranks))
     assert outcome.chosen() == reference.chosen()
     assert outcome.meta_losses() == pytest.approx(reference.meta_losses(), rel=2e-6)
