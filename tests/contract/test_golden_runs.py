@@ -1,7 +1,7 @@
 """Whole runs chose, scored and pruned as they do now: changes that move code must not move these.
 
-One rank on Megatron-Core; that every layout, DeepSpeed and a resumed run do what one rank does is held by other tests.
-Write the file anew with `ES_WRITE_GOLDEN=1 python -m pytest tests/contract/test_golden_runs.py`, and tell why.
+Every arm, scorer, policy and pruner on one rank of Megatron-Core; and layouts, DeepSpeed, and a run that goes on with
+another number of ranks, with fresh scores and with free ones. Write the file anew with `ES_WRITE_GOLDEN=1 python -m pytest tests/contract/test_golden_runs.py`, and tell why.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import deepspeed_helper
 from tests.contract import test_policies
 from tests.ranks_helper import run_on_ranks
 from tests.small_run import History, settings_of, train, write_blend
@@ -34,6 +35,19 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{name: test_policies.VARIANTS[name] for name in ("parts", "prefix", "guard", "budget", "match-cost")},
     **{name: changes for name, changes in test_policies.VARIANTS.items() if name.startswith(("policy-", "pruner-"))},
 }
+SCORERS = {"fresh": (), "history": ("scorer=history",)}
+DEEPSPEED = "backend=deepspeed"
+LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "dp2": ((2,), ()),
+    "tp2": ((2,), ("parallel.tensor=2",)),
+    "pp2": ((2,), ("parallel.pipeline=2",)),
+    "dp2-to-dp1": ((2, 1), ()),
+    "deepspeed-zero2-dp2": ((2,), (DEEPSPEED, "deepspeed.zero_stage=2")),
+    "deepspeed-pp2": ((2,), (DEEPSPEED, "deepspeed.zero_stage=1", "parallel.pipeline=2")),
+    "deepspeed-dp1-to-dp2": ((1, 2), (DEEPSPEED, "deepspeed.zero_stage=1")),
+}
+"""Ranks of a run, and of the one that goes on from it, if there is one."""
+STOP = 14
 
 
 def digest(value: Any) -> str:
@@ -70,6 +84,13 @@ def train_all(names: tuple[str, ...], folder: Path) -> dict[str, dict[str, Any]]
     return found
 
 
+def write(found: dict[str, dict[str, Any]]) -> None:
+    """Into the file, where that is asked for."""
+    if os.environ.get("ES_WRITE_GOLDEN"):
+        golden = json.loads(FILE.read_text()) if FILE.exists() else {}
+        FILE.write_text(json.dumps({**golden, **found}, indent=1) + "\n")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
@@ -79,8 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
             found.update(
                 run_on_ranks(1, train_all, tuple(VARIANTS), tmp_path_factory.mktemp("golden"), timeout=SECONDS)[0]
             )
-            if os.environ.get("ES_WRITE_GOLDEN"):
-                FILE.write_text(json.dumps(found, indent=1) + "\n")
+            write(found)
         return found[name]
 
     return run
@@ -92,7 +112,37 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
 def test_runs_are_the_golden_ones(name: str, runs: Callable[[str], dict[str, Any]]) -> None:
     found = runs(name)
     golden = json.loads(FILE.read_text())
-    assert set(golden) == set(VARIANTS)
     exact, close = ("chosen", "masks", "visits", "iterations"), ("loss", "score", "weights", "norm")
     assert [found[key] for key in exact] == [golden[name][key] for key in exact]
     assert [found[key] for key in close] == pytest.approx([golden[name][key] for key in close], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 60)
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_the_golden_ones(layout: str, scorer: str, tmp_path: Path) -> None:
+    sizes, overrides = LAYOUTS[layout]
+    options = [test_policies.SAMPLES, test_policies.SHALLOW, *overrides]
+    options += [f"evolved_sampling.{change}" for change in SCORERS[scorer]]
+    blend = write_blend(tmp_path / "data")
+    chosen: list[list[int]] = []
+    loss: list[float] = []
+    scores: list[tuple[bytes, bytes]] = []
+    for part, ranks in enumerate(sizes):
+        stop = STOP if part < len(sizes) - 1 else None
+        traces = deepspeed_helper.run(ranks, blend, tmp_path / "run", *options, stop_at=stop)
+        chosen += traces[0].chosen
+        loss += traces[0].loss
+        shards = {trace.place[0]: trace.scores for trace in traces}
+        scores = [shards[rank] for rank in sorted(shards)]
+    found = {
+        "chosen": digest(chosen),
+        "visits": digest(np.frombuffer(b"".join(visits for _, visits in scores), np.uint8).tolist()),
+        "loss": float(np.nansum(loss)),
+        "score": float(np.frombuffer(b"".join(score for score, _ in scores), np.float32).sum(dtype=np.float64)),
+    }
+    write({f"{layout}-{scorer}": found})
+    golden = json.loads(FILE.read_text())[f"{layout}-{scorer}"]
+    assert (found["chosen"], found["visits"]) == (golden["chosen"], golden["visits"])
+    assert (found["loss"], found["score"]) == pytest.approx((golden["loss"], golden["score"]), rel=1e-5)
