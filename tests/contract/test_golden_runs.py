@@ -1,7 +1,8 @@
 """Whole runs chose, scored and pruned as they do now: changes that move code must not move these.
 
 Every arm, scorer, policy and pruner on one rank of Megatron-Core; and layouts, DeepSpeed, and a run that goes on with
-another number of ranks, with fresh scores and with free ones. Write the file anew with `ES_WRITE_GOLDEN=1 python -m pytest tests/contract/test_golden_runs.py`, and tell why.
+another number of ranks, with fresh scores and with free ones. Write the file anew with
+`ES_WRITE_GOLDEN=1 python -m pytest tests/contract/test_golden_runs.py`, and tell why.
 """
 
 from __future__ import annotations
