@@ -15,7 +15,7 @@ SHIPPED = ("patches", "launch", "configs")
 class BuildWithShipped(build_py):
     """Also copy the top-level folders that the commands read into the wheel, as `es_megatron/_shipped/NAME`.
 
-    An editable install leaves them out: there `es_megatron.tools.resources` finds the folders of the checkout.
+    An editable install leaves them out: there `es_megatron.resources` finds the folders of the checkout.
     """
 
     def run(self) -> None:
@@ -63,7 +63,7 @@ setup(
     install_requires=[
         "torch>=2.6",  # tested: 2.13.0
         "numpy>=1.26",
-        # Tested: 0.16.1 on Python 3.11, 0.19.2 on 3.12 (es_megatron/tools/versions.py). 0.17 and later do not install
+        # Tested: 0.16.1 on Python 3.11, 0.19.2 on 3.12 (es_megatron/checks/versions.py). 0.17 and later do not install
         # on 3.11; no version from 0.16 on is known not to work. A checkout of Megatron-LM brings its own megatron.core.
         'megatron-core>=0.16,<0.17; python_version < "3.12"',
         'megatron-core>=0.16; python_version >= "3.12"',
@@ -75,7 +75,7 @@ setup(
         "psutil>=5.9",  # megatron-core needs it to save, and does not declare it
     ],
     extras_require={"deepspeed": DEEPSPEED, "report": REPORT, "dev": DEV},
-    entry_points={"console_scripts": ["es-megatron = es_megatron.tools.cli:main"]},
+    entry_points={"console_scripts": ["es-megatron = es_megatron.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scale_prune import config, one_component
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores.store import ScoreStore
 
 EPOCHS = 10

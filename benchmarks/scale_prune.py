@@ -12,7 +12,7 @@ from es_megatron.algorithm.pruning import kept_count
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores.store import Lookup, ScoreStore
 from es_megatron.scores.threshold import sample_count
 

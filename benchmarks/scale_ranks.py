@@ -18,7 +18,7 @@ import torch.distributed as dist
 from benchmarks.scale_measure import measured, resident
 from benchmarks.scale_prune import config, fill, one_component
 from es_megatron.checkpoint import ScoreRange, load_es_state, save_es_state
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores.store import ScoreStore
 
 META_BATCH = 16_384

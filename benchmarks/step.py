@@ -25,7 +25,7 @@ import torch
 
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
-from es_megatron.frameworks import cpu
+from es_megatron.testing import cpu
 
 ARMS = {
     "plain": EvolvedSamplingConfig(preset="paper", arm="plain"),
@@ -146,7 +146,7 @@ def manifest(arguments: argparse.Namespace) -> Manifest:
 
 def conclude(bench: Any, seconds: dict[str, list[dict[str, float]]], layouts: list[Any]) -> dict[str, Any]:
     """Savings of whole runs, measured and predicted."""
-    from es_megatron.plan import nominal, predict
+    from es_megatron.core.plan import nominal, predict
 
     fields = ("forward", "backward", "scoring_forward")
     middle = {name: statistics.median(getattr(layout, name) for layout in layouts) for name in fields}

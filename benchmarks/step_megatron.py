@@ -12,10 +12,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from benchmarks.step import MICRO_BATCH, VOCAB
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.plan import Layout, Plan
 from es_megatron.data.manifest import Manifest
 from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_core import attach
-from es_megatron.plan import Layout, Plan
 from es_megatron.trainer.model import build_model, forward_step, initialize, shutdown, transformer_config
 from es_megatron.trainer.optimizer import build_optimizer, step, zero_gradients
 from es_megatron.trainer.passes import Passes, calibrate

@@ -5,6 +5,6 @@ Without any `--es` flag on the command line the patched functions do what the or
 
 from __future__ import annotations
 
-from es_megatron.tools.patching import patch_and_report
+from es_megatron.patching import patch_and_report
 
 patch_and_report("megatron-lm")

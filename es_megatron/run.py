@@ -6,13 +6,14 @@ its own arguments. Without any `--es` flag it runs as it is, with nothing patche
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from es_megatron.errors import ConfigError, EsError
-from es_megatron.tools.patching import patch_and_report
+from es_megatron.patching import patch_and_report
 
 USAGE = "usage: python -m es_megatron.run SCRIPT.py [FLAGS OF THE SCRIPT] [--es ...]"
 
@@ -37,15 +38,31 @@ def prepare(script: Path) -> None:
 def prepare_cpu(upstream: str) -> bool:
     """Put the CPU layer of an upstream in place; does nothing, and returns False, where there is CUDA."""
     if upstream == "megatron-deepspeed":
-        from es_megatron.frameworks import megatron_deepspeed_cpu
+        from es_megatron.testing import megatron_deepspeed_cpu
 
         return megatron_deepspeed_cpu.install()
-    from es_megatron.frameworks import megatron_lm_cpu
+    from es_megatron.testing import megatron_lm_cpu
 
     if not megatron_lm_cpu.install():
         return False
     megatron_lm_cpu.adapt_megatron_core()
     return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `es-megatron run`, for one process."""
+    parser.add_argument("script", help="such as CHECKOUT/pretrain_gpt.py")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the script, and --es-...")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Become `python -m es_megatron.run`; does not return.
+
+    Under torchrun start that directly (`torchrun ... -m es_megatron.run SCRIPT.py ...`), or this with `--no-python`.
+    """
+    command = [sys.executable, "-m", "es_megatron.run", arguments.script, *arguments.flags]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from es_megatron.algorithm.ownership import owned_range
 from es_megatron.checkpoint import ScoreRange
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 
 T = TypeVar("T")
 

@@ -40,7 +40,7 @@ MODEL = shlex.split("""
 UNTOUCHED = '''
 """Starts the script on the CPU as `python script` would on a GPU; of es_megatron only the CPU layer is imported."""
 import atexit, os, sys
-from es_megatron.frameworks import megatron_lm_cpu
+from es_megatron.testing import megatron_lm_cpu
 
 if __name__ == "__main__":
     megatron_lm_cpu.install()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import yaml
 
-from es_megatron.frameworks import cpu
+from es_megatron.testing import cpu
 
 cpu.install()
 

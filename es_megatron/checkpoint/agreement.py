@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from es_megatron.errors import CheckpointError, EsError
 
 if TYPE_CHECKING:
-    from es_megatron.parallel import Replica
+    from es_megatron.rank_grid import Replica
 
 _SHOWN_RANKS = 3
 _CURES = {

@@ -16,7 +16,7 @@ from es_megatron.checkpoint.es_state import EsStateWriter, SaveReport
 from es_megatron.checkpoint.rotation import CheckpointDirectory, Checksums
 
 if TYPE_CHECKING:
-    from es_megatron.parallel import Replica
+    from es_megatron.rank_grid import Replica
 
 
 class BackgroundSave:

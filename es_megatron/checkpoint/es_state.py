@@ -30,7 +30,7 @@ from es_megatron.checkpoint.tensor_file import FileRecord, TensorFile, write_ten
 from es_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from es_megatron.parallel import Replica
+    from es_megatron.rank_grid import Replica
 
 FORMAT = "es_state"
 VERSION = 1

@@ -19,7 +19,7 @@ from es_megatron.checkpoint.agreement import agreed, compute_on_first
 from es_megatron.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from es_megatron.parallel import Replica
+    from es_megatron.rank_grid import Replica
 
 CHECKSUMS = "checksums.json"
 LATEST = "latest"

@@ -26,7 +26,7 @@ from es_megatron.checkpoint.transfer import (
 )
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.schedule import Origin
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores.store import ScoreStore, allocate
 
 LOGGER = logging.getLogger(__name__)

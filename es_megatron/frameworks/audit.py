@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from es_megatron.line_file import LineFile
-from es_megatron.step import StepRecord
+from es_megatron.core.line_file import LineFile
+from es_megatron.core.step import StepRecord
 
 
 class Audit:

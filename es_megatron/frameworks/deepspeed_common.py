@@ -22,16 +22,16 @@ from torch import Tensor
 from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
-from es_megatron.compatibility import DEEPSPEED, block_is_on, refuse
 from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
-from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.rate import scaled_steps
-from es_megatron.parallel import Replica
-from es_megatron.step import Trained, Work
+from es_megatron.rank_grid import Replica
+from es_megatron.refusals.table import DEEPSPEED, block_is_on, refuse
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -160,7 +160,7 @@ def universal_mended(engine: Any) -> Generator[None]:
 
 
 class DeepSpeedSampling(Handle, ABC):
-    """Evolved Sampling attached to a DeepSpeed engine; subclasses do the passes (`es_megatron.engine.Framework`)."""
+    """Evolved Sampling attached to a DeepSpeed engine; subclasses do the passes (`core.step.Framework`)."""
 
     def __init__(self, engine: EvolvedSampling, feed: MetaBatchFeed | None, deepspeed: Any, loss_source: int) -> None:
         """Join the parts, and put the ES state beside the engine's checkpoints from now on.

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
-from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.deepspeed_common import (
     DeepSpeedSampling,
@@ -38,7 +39,6 @@ from es_megatron.frameworks.deepspeed_common import (
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
 from es_megatron.frameworks.scoring import join, scored_part, sequence_losses, traceless
-from es_megatron.step import Trained, Work
 
 Batch = dict[str, Tensor]
 Float32 = npt.NDArray[np.float32]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from es_megatron.checkpoint.es_state import SaveReport
-from es_megatron.engine import EvolvedSampling
+from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.plan import Plan
 from es_megatron.frameworks.feed import MetaBatchFeed
-from es_megatron.plan import Plan
 
 
 class Handle:

@@ -20,18 +20,18 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
-from es_megatron.compatibility import MODEL, refuse
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.plan import check_micro_batches
+from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
-from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
 from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.scoring import join, sequence_losses, shortened, traceless
-from es_megatron.parallel import Replica
-from es_megatron.plan import check_micro_batches
-from es_megatron.step import Trained, Work
+from es_megatron.rank_grid import Replica
+from es_megatron.refusals.table import MODEL, refuse
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

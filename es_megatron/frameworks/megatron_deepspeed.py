@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from es_megatron.checkpoint.sealed import parse_json
-from es_megatron.compatibility import MEGATRON_DEEPSPEED, MEGATRON_LM
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError
@@ -33,6 +32,7 @@ from es_megatron.frameworks.megatron_lm_data import (
     weigh_sources,
 )
 from es_megatron.frameworks.megatron_lm_settings import StartingPoint, check_pruner, refuse_arguments
+from es_megatron.refusals.table import MEGATRON_DEEPSPEED, MEGATRON_LM
 
 
 def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from es_megatron.engine import EvolvedSampling
+from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.step import Trained, Work
 from es_megatron.frameworks.deepspeed_common import mean_loss
 from es_megatron.frameworks.deepspeed_pipe import PipeSampling
 from es_megatron.frameworks.feed import MetaBatchFeed
-from es_megatron.step import Trained, Work
 
 Int64 = npt.NDArray[np.int64]
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch.distributed as dist
 
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.metrics import RunTotals, saved_share
+from es_megatron.core.plan import Layout, describe
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError
 from es_megatron.frameworks import auxiliary_losses
@@ -37,8 +39,6 @@ from es_megatron.frameworks.megatron_lm_data import (
     read_sources,
 )
 from es_megatron.frameworks.megatron_lm_settings import Length, StartingPoint, check_settings, find_start, plan_length
-from es_megatron.metrics import RunTotals, saved_share
-from es_megatron.plan import Layout, describe
 
 LOGGER = logging.getLogger(__name__)
 OVERWRITING_LOGGER = "megatron.core.dist_checkpointing.serialization"

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from es_megatron.algorithm.pruners import PRUNERS
 from es_megatron.checkpoint.sealed import parse_json
-from es_megatron.compatibility import MEGATRON_LM, MODEL, Refusal, refuse
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import CheckpointError, ConfigError
+from es_megatron.refusals.table import MEGATRON_LM, MODEL, Refusal, refuse
 
 
 class StartingPoint(NamedTuple):

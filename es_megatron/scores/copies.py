@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from es_megatron.errors import LayoutError
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 
 
 def check_copies(replica: Replica, checksum: Callable[[], int], iteration: int) -> None:

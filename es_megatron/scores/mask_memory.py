@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from es_megatron.data.mask import KeptMask, fill_index, lay_out, mask_bytes
 from es_megatron.errors import ConfigError
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 
 UInt8 = npt.NDArray[np.uint8]
 

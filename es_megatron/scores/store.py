@@ -26,7 +26,7 @@ from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.permutation import permutation
 from es_megatron.errors import CheckpointError, ConfigError
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores.mask_memory import MaskMemory
 from es_megatron.scores.threshold import mark_kept, sample_count
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
-from es_megatron.engine import EvolvedSampling
+from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows
-from es_megatron.plan import Layout
 from es_megatron.trainer.settings import PretrainSettings
 
 if TYPE_CHECKING:

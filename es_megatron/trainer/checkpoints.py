@@ -14,10 +14,10 @@ from es_megatron.checkpoint.background import BackgroundSave
 from es_megatron.checkpoint.es_state import SaveReport
 from es_megatron.checkpoint.rotation import CheckpointDirectory
 from es_megatron.checkpoint.warm_start import Begin, Resumption, begin_with_scores, read_resumption
+from es_megatron.core.metrics import RunTotals
 from es_megatron.frameworks.appended import appended_check
 from es_megatron.frameworks.megatron_data import LoadedBlend
-from es_megatron.metrics import RunTotals
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.trainer.backend import Backend
 from es_megatron.trainer.settings import PretrainSettings
 

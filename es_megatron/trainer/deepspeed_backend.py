@@ -19,13 +19,13 @@ from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
 from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.core.plan import Layout
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.frameworks import deepspeed_common
 from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_data import LoadedBlend
-from es_megatron.parallel import Replica
-from es_megatron.plan import Layout
+from es_megatron.rank_grid import Replica
 from es_megatron.trainer import model
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.model_state import random_state, restore_random_state

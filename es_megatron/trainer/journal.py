@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from es_megatron.core.line_file import LineFile
+from es_megatron.core.metrics import LogEntry, plan_facts
+from es_megatron.core.plan import Layout, Plan
+from es_megatron.core.step import StepRecord
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.audit import Audit
-from es_megatron.line_file import LineFile
-from es_megatron.metrics import LogEntry, plan_facts
-from es_megatron.plan import Layout, Plan
-from es_megatron.step import StepRecord
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.metrics_file import MetricsFile
 from es_megatron.trainer.settings import PretrainSettings

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from es_megatron.checkpoint.agreement import agreed
+from es_megatron.core.metrics import LogEntry, RunTotals
+from es_megatron.core.plan import FORWARD_COST, TRAIN_COST, Layout, describe, nominal, predict
 from es_megatron.errors import DataError
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
-from es_megatron.metrics import LogEntry, RunTotals
-from es_megatron.parallel import Replica
-from es_megatron.plan import FORWARD_COST, TRAIN_COST, Layout, describe, nominal, predict
+from es_megatron.rank_grid import Replica
 from es_megatron.trainer.backend import Backend, Iteration, build_backend, start, stop
 from es_megatron.trainer.checkpoints import RunCheckpoints
 from es_megatron.trainer.journal import Journal

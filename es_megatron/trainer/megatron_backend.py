@@ -10,11 +10,11 @@ from typing import Any
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_core import attach
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.frameworks.rate import scaled_rate
-from es_megatron.plan import Layout
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.model import build_model, forward_step, settled_weights, transformer_config
 from es_megatron.trainer.model_state import load_model, save_model

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from es_megatron.core.line_file import LineFile
+from es_megatron.core.plan import Plan
+from es_megatron.core.step import StepRecord
 from es_megatron.errors import DataError
-from es_megatron.line_file import LineFile
-from es_megatron.plan import Plan
-from es_megatron.step import StepRecord
 from es_megatron.trainer.backend import Iteration
 
 NAME = "metrics.jsonl"
@@ -70,7 +70,7 @@ class Metrics:
     """The content of a metrics file."""
 
     plan: dict[str, Any]
-    """What `es_megatron.metrics.plan_facts` told."""
+    """What `es_megatron.core.metrics.plan_facts` told."""
     stretches: tuple[Stretch, ...]
     validation: dict[int, dict[str, float]]
     """Validation losses by iteration and domain, in nats per token."""

@@ -26,7 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from es_megatron.errors import ConfigError, DataError
-from es_megatron.frameworks import cpu
+from es_megatron.testing import cpu
 from es_megatron.trainer.initial_weights import leave_uninitialized, set_initial_weights
 from es_megatron.trainer.settings import PretrainSettings, check_layout
 

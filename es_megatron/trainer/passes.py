@@ -14,11 +14,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows, collate
 from es_megatron.frameworks.megatron_core import mask_of_partial
 from es_megatron.frameworks.scoring import join, sequence_losses, traceless
-from es_megatron.parallel import Replica
-from es_megatron.plan import Layout
+from es_megatron.rank_grid import Replica
 from es_megatron.trainer.model import forward_step
 from es_megatron.trainer.settings import PretrainSettings
 

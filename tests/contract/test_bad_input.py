@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from es_megatron import cli
 from es_megatron.checkpoint import disk
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import CheckpointError, ConfigError, DataError, EsError, LayoutError, LossError
-from es_megatron.tools import cli
 from es_megatron.trainer.model import initialize
 from tests.ranks_helper import on_ranks, run_on_ranks
 from tests.small_loop import MANIFEST, Loop, RandomRows

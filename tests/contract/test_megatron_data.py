@@ -29,8 +29,8 @@ from es_megatron.frameworks.megatron_data import (
     open_component,
     open_token_file,
 )
-from es_megatron.tools.corpus import find_corpus, read_documents
-from es_megatron.tools.prepare import PrepareSettings, prepare
+from es_megatron.prepare.command import PrepareSettings, prepare
+from es_megatron.prepare.corpus import find_corpus, read_documents
 
 T = 16
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from es_megatron.errors import ConfigError, DataError, LayoutError
-from es_megatron.frameworks import cpu
 from es_megatron.frameworks.adam import GroupAdam
+from es_megatron.testing import cpu
 from es_megatron.trainer.initial_weights import global_name
 from es_megatron.trainer.model import (
     forward_step,
@@ -329,7 +329,7 @@ assert torch.empty is before, "importing changed torch"
 """
 
 INSTALLED_FIRST = """
-from es_megatron.frameworks import cpu
+from es_megatron.testing import cpu
 cpu.install()
 from tests import gpt_helper as here
 print(here.train(here.settings_of()))

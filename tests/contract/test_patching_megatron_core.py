@@ -12,7 +12,7 @@ from megatron.core import package_info
 from megatron.core.pipeline_parallel import schedules
 
 from es_megatron.errors import PatchError
-from es_megatron.tools.patching import PatchList, apply, check, read_patches, report, undo, untested, upstream_version
+from es_megatron.patching import PatchList, apply, check, read_patches, report, undo, untested, upstream_version
 
 VERSION = ".".join(package_info.__version__.split(".")[:2])
 

@@ -16,7 +16,7 @@ from tests.unit.test_prepare import make_texts, write_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-CLI = [sys.executable, "-m", "es_megatron.tools.cli"]
+CLI = [sys.executable, "-m", "es_megatron.cli"]
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_off_is_bit_identical_to_a_run_without_the_package(site: Site, layout: s
         assert not (folder / "iter_0000006" / "es_state").exists()
         if not patched:
             assert "es_megatron modules: es_megatron " in outcome.text
-            assert "es_megatron.engine" not in outcome.text
+            assert "es_megatron.core.engine" not in outcome.text
     assert list(losses[0]) == [2, 3, 4, 5, 6]
     assert all(each == losses[0] for each in losses)
     assert len(digests[0]) > 40, "weights and the optimizer's moments"

@@ -160,7 +160,7 @@ def write_run(folder: Path, directory: str) -> Path:
 
 def launch(path: Path, *more: str) -> list[str]:
     """The command a user types."""
-    return [sys.executable, "-m", "es_megatron.tools.cli", "launch", "--config", str(path), *more]
+    return [sys.executable, "-m", "es_megatron.cli", "launch", "--config", str(path), *more]
 
 
 def start_nodes(hosts: tuple[Host, Host], path: Path, *more: str) -> list[subprocess.Popen[bytes]]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from es_megatron.algorithm.ownership import owned_range
 from es_megatron.checkpoint import CheckpointDirectory, EsState, load_es_state, save_es_state
 from es_megatron.errors import CheckpointError
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from tests.checkpoint_helper import MANIFEST, MASKS, make_scores, own_scores
 from tests.ranks_helper import on_ranks, run_on_ranks
 

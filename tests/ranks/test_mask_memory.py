@@ -15,7 +15,7 @@ import pytest
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.mask import mask_bytes
 from es_megatron.errors import ConfigError
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores import mask_memory
 from es_megatron.scores.mask_memory import MaskMemory
 from es_megatron.scores.store import ScoreStore

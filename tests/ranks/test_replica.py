@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from tests.ranks_helper import on_ranks
 
 

@@ -16,11 +16,11 @@ import pytest
 from es_megatron.algorithm.ownership import owned_range, owned_shards, owner_of, shard_bounds
 from es_megatron.checkpoint import CheckpointDirectory, ScoreRange, load_es_state, save_es_state
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.step import Trained
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
-from es_megatron.engine import EvolvedSampling
-from es_megatron.parallel import Replica
-from es_megatron.step import Trained
+from es_megatron.rank_grid import Replica
 from tests.ranks_helper import run_on_ranks
 from tests.unit.naive import make_manifest
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from es_megatron.config import EvolvedSamplingConfig
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores.store import ScoreStore
 from tests.ranks_helper import run_on_ranks
 from tests.unit.naive import make_manifest

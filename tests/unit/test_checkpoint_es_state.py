@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from es_megatron.algorithm.ownership import shard_bounds
 from es_megatron.checkpoint import EsState, ScoreRange, check_manifest, disk, es_state, load_es_state, save_es_state
 from es_megatron.errors import CheckpointError
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from tests.checkpoint_helper import MANIFEST, MASKS, Disk, make_scores, on_threads, own_scores
 
 STATE = {"iteration": 7, "positions": [2**60 + 1, 3], "policy": {"weights": [0.1, 1e-300, float("inf")]}}

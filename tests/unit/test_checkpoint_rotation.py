@@ -11,7 +11,7 @@ import pytest
 
 from es_megatron.checkpoint import CheckpointDirectory, disk, load_es_state, save_es_state
 from es_megatron.errors import CheckpointError, ConfigError
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from tests.checkpoint_helper import MANIFEST, MASKS, Crash, Disk, on_threads, own_scores
 
 ALONE = Replica.alone()

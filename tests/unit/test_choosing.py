@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from es_megatron.algorithm.guard import equivalent_batch, smooth
-from es_megatron.choosing import Chooser, Known
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.choosing import Chooser, Known
+from es_megatron.core.plan import plan_run
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError, LossError
-from es_megatron.parallel import Replica
-from es_megatron.plan import plan_run
+from es_megatron.rank_grid import Replica
 
 B = 16
 MANIFEST = Manifest((Component("a", "a", 4000, 1.0, "f"),), 8)

@@ -8,9 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from es_megatron.errors import ConfigError, DataError
-from es_megatron.tools.compare import blends
-from es_megatron.tools.compare.damage import (
+from es_megatron.bench import blends
+from es_megatron.bench.damage import (
     BOILERPLATE,
     change_words,
     easy_text,
@@ -19,9 +18,10 @@ from es_megatron.tools.compare.damage import (
     shuffle_sentences,
     shuffle_words,
 )
-from es_megatron.tools.compare.documents import Part, articles, derive, held_out, read_parts, split
-from es_megatron.tools.compare.recipe import Damage, Duplicates, Easy, Recipe, digest, identity
-from es_megatron.tools.prepare import PrepareSettings, prepare
+from es_megatron.bench.documents import Part, articles, derive, held_out, read_parts, split
+from es_megatron.bench.recipe import Damage, Duplicates, Easy, Recipe, digest, identity
+from es_megatron.errors import ConfigError, DataError
+from es_megatron.prepare.command import PrepareSettings, prepare
 from tests.unit.test_prepare import make_texts, read_back, write_lines
 
 TEXT = "One is first. Two comes next!\nThree is a line\nFour? Five follows; six ends."

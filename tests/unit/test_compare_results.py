@@ -7,11 +7,11 @@ import math
 
 import pytest
 
-from es_megatron.tools.compare.plots import draw
-from es_megatron.tools.compare.results import NOMINAL, Units, conclude, cost_share
-from es_megatron.tools.compare.runs import Outcome, Task
-from es_megatron.tools.compare.spec import read_spec
-from es_megatron.tools.compare.table import document, markdown, render
+from es_megatron.bench.plots import draw
+from es_megatron.bench.results import NOMINAL, Units, conclude, cost_share
+from es_megatron.bench.runs import Outcome, Task
+from es_megatron.bench.spec import read_spec
+from es_megatron.bench.table import document, markdown, render
 from tests.unit.test_compare_spec import PATH, changed
 
 ARMS = {"plain": {"evolved_sampling.arm": "plain"}, "es": {}, "uniform": {"evolved_sampling.arm": "uniform"}}

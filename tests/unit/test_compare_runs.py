@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 
 from es_megatron import config
-from es_megatron.checkpoint import ScoreRange, save_es_state
-from es_megatron.errors import CheckpointError
-from es_megatron.parallel import Replica
-from es_megatron.tools.compare.crew import Answer, Crew
-from es_megatron.tools.compare.runs import (
+from es_megatron.bench.crew import Answer, Crew
+from es_megatron.bench.runs import (
     Blend,
     Outcome,
     Task,
@@ -26,7 +23,10 @@ from es_megatron.tools.compare.runs import (
     read_outcome,
     settings_of,
 )
-from es_megatron.tools.compare.spec import read_spec
+from es_megatron.bench.spec import read_spec
+from es_megatron.checkpoint import ScoreRange, save_es_state
+from es_megatron.errors import CheckpointError
+from es_megatron.rank_grid import Replica
 from tests.unit.naive import make_manifest
 from tests.unit.test_compare_spec import PATH, changed
 
@@ -159,7 +159,7 @@ class Sham:
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_crew_runs_everything_once_and_goes_on_after_failures(spec, monkeypatch, jobs):
-    monkeypatch.setattr("es_megatron.tools.compare.crew.Worker", Sham)
+    monkeypatch.setattr("es_megatron.bench.crew.Worker", Sham)
     Sham.asked = []
     outcomes: dict[Task, Outcome] = {}
 
@@ -173,7 +173,7 @@ def test_a_crew_runs_everything_once_and_goes_on_after_failures(spec, monkeypatc
 
 
 def test_a_crew_tells_what_breaks_the_comparison_itself(spec, monkeypatch):
-    monkeypatch.setattr("es_megatron.tools.compare.crew.Worker", Sham)
+    monkeypatch.setattr("es_megatron.bench.crew.Worker", Sham)
 
     def start(task: Task):
         raise OSError("disk full")

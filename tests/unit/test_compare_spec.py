@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from es_megatron.bench.command import add_arguments, narrow
+from es_megatron.bench.recipe import Recipe
+from es_megatron.bench.runs import Blend, Task, check_arms, settings_of
+from es_megatron.bench.spec import Case, load_spec, read_spec
 from es_megatron.errors import ConfigError
-from es_megatron.tools.compare.command import add_arguments, narrow
-from es_megatron.tools.compare.recipe import Recipe
-from es_megatron.tools.compare.runs import Blend, Task, check_arms, settings_of
-from es_megatron.tools.compare.spec import Case, load_spec, read_spec
 
 MINIMAL = {
     "base": {"model": {"num_layers": 2}, "training": {"passes": 4}},

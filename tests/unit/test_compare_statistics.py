@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from es_megatron.tools.compare.statistics import paired, quantile, spread
+from es_megatron.bench.statistics import paired, quantile, spread
 
 
 def test_interval_of_three_seeds_by_hand():

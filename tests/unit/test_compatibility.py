@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from es_megatron.compatibility import DEEPSPEED, MEGATRON_DEEPSPEED, MEGATRON_LM, MODEL, find, is_on, words
+from es_megatron.checks.megatron_config import check
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.config_files.existing_run import ExistingRun
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.megatron_lm_settings import refuse_arguments
-from es_megatron.tools.config_patch.checks import check
-from es_megatron.tools.config_patch.existing_run import ExistingRun
+from es_megatron.refusals.table import DEEPSPEED, MEGATRON_DEEPSPEED, MEGATRON_LM, MODEL, find, is_on, words
 
 PASSES = ("fresh", "prefix", "every-k")
 NO_PASS = ("history", "external", "uniform")
@@ -140,7 +140,7 @@ def test_arms_that_neither_score_nor_select_are_held_by_their_data_order_alone(a
 
 INTRODUCTION = """# What is refused, and why
 
-Written from the table in `es_megatron/compatibility.py`, which run time, `es-megatron patch --check` and
+Written from the table in `es_megatron/refusals/table.py`, which run time, `es-megatron patch --check` and
 `es-megatron doctor --config` share. A setting is refused before the first iteration, with the reason and the cure, for
 these runs:
 

@@ -19,18 +19,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from es_megatron import cli
+from es_megatron.checks.config_report import Report, Wishes, examine
 from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.config_files.existing_run import ExistingRun, chunks_of_layout, parse_options
+from es_megatron.config_files.json_members import members_of
+from es_megatron.config_files.launches import read_script
+from es_megatron.config_files.passes import passes_of, training_share
+from es_megatron.config_files.reading import Hints, read
+from es_megatron.config_files.shell_syntax import Command, parse, parse_value
+from es_megatron.config_files.shell_values import Shell, calculate, unknowns
+from es_megatron.config_patch.writing import flags_of, patch, unpatch
 from es_megatron.errors import ConfigError
-from es_megatron.tools import cli
-from es_megatron.tools.config_patch.existing_run import ExistingRun, chunks_of_layout, parse_options
-from es_megatron.tools.config_patch.json_members import members_of
-from es_megatron.tools.config_patch.launches import read_script
-from es_megatron.tools.config_patch.passes import passes_of, training_share
-from es_megatron.tools.config_patch.reading import Hints, read
-from es_megatron.tools.config_patch.report import Report, Wishes, examine
-from es_megatron.tools.config_patch.shell_syntax import Command, parse, parse_value
-from es_megatron.tools.config_patch.shell_values import Shell, calculate, unknowns
-from es_megatron.tools.config_patch.writing import flags_of, patch, unpatch
 
 GOLDEN = Path(__file__).parent / "golden"
 ESWP = ("--es-pruning-ratio", "0.2", "--passes", "3")
@@ -266,7 +266,7 @@ def test_odd_files_are_restored_byte_for_byte(name, tmp_path):
 )
 def test_any_script_is_restored(lines, ending, launcher, indent):
     text = "\n".join([*lines, f"{indent}{launcher} pretrain_gpt.py --micro-batch-size 1{ending}"])
-    from es_megatron.tools.config_patch.reading import Source
+    from es_megatron.config_files.reading import Source
 
     source = Source("script", text, (), read_script(text, {}).launches)
     patched = patch(source, EvolvedSamplingConfig(pruning_ratio=0.5))
@@ -575,9 +575,7 @@ def test_bad_arguments_of_the_command(tmp_path, capsys):
 
 
 def test_the_command_imports_no_megatron():
-    code = (
-        "import sys; from es_megatron.tools import doctor; from es_megatron.tools.config_patch import command, undo; "
-    )
+    code = "import sys; from es_megatron.checks import doctor; from es_megatron.config_patch import command, undo; "
     code += "print([name for name in ('megatron', 'deepspeed') if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert told.stdout.strip() == "[]"

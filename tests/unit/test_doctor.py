@@ -15,9 +15,9 @@ import pytest
 from packaging.version import Version
 
 from es_megatron.checkpoint.es_state import ScoreRange, save_es_state
-from es_megatron.parallel import Replica
-from es_megatron.tools import doctor, versions
-from es_megatron.tools.patching import read_patches
+from es_megatron.checks import doctor, versions
+from es_megatron.patching import read_patches
+from es_megatron.rank_grid import Replica
 
 ROWS, LENGTH = 8, 16
 
@@ -104,7 +104,7 @@ def test_the_environment_of_these_tests_is_listed():
     here = {name: versions.installed_version(name) for name in listed if name != "python"}
     newer = [f"{name} {here[name]}" for name in here if Version(here[name] or "0") > Version(listed[name] + ".999")]
     if newer:
-        pytest.skip(f"{', '.join(newer)} is newer than what es_megatron/tools/versions.py lists: add it there")
+        pytest.skip(f"{', '.join(newer)} is newer than what es_megatron/checks/versions.py lists: add it there")
     assert all(versions.is_version(found or "0", listed[name]) for name, found in here.items()), here
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.permutation import permutation
-from es_megatron.engine import EvolvedSampling
 from es_megatron.errors import CheckpointError, LayoutError, LossError
-from es_megatron.parallel import Replica
-from es_megatron.step import Trained, Work
+from es_megatron.rank_grid import Replica
 from tests.unit.naive import make_manifest
 
 B = 16

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es_megatron.engine import EvolvedSampling
+from es_megatron.core.engine import EvolvedSampling
 from tests.unit.test_engine import Fake, make
 
 FOLDER = Path(__file__).parent / "golden_engine"

@@ -14,7 +14,7 @@ from es_megatron.data.blend import MAX_DRAWS, Blend
 from es_megatron.data.permutation import ROUNDS, FeistelPermutation, radices, scramble
 from es_megatron.data.sampler import Sampler
 from es_megatron.data.schedule import Schedule
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores.store import ScoreStore
 from tests.unit.naive import make_manifest
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from es_megatron import cli
+from es_megatron.checks import preflight
 from es_megatron.errors import ConfigError, LayoutError
-from es_megatron.tools import cli, launch, preflight
-from es_megatron.tools.launch import LaunchSettings, SlurmSettings, batch_script, find_cluster, load_launch
+from es_megatron.launch import command as launch
+from es_megatron.launch.command import LaunchSettings, SlurmSettings, batch_script, find_cluster, load_launch
 
 CHECKOUT = Path(__file__).parents[2]
 RUN = ["pretrain", "--config", "run.yaml", "--backend", "deepspeed"]
@@ -44,8 +46,8 @@ def lines_of(out: str) -> tuple[str, str]:
     commands = [line for line in out.splitlines() if line.startswith("env ")]
     assert [line for line in out.splitlines() if line in ("# pre-flight", "# run")] == ["# pre-flight", "# run"]
     check, run = commands
-    assert check.endswith("es_megatron.tools.cli preflight --config run.yaml --backend deepspeed")
-    assert run.endswith(f"es_megatron.tools.cli {shlex.join(RUN)}")
+    assert check.endswith("es_megatron.cli preflight --config run.yaml --backend deepspeed")
+    assert run.endswith(f"es_megatron.cli {shlex.join(RUN)}")
     return check, run
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from es_megatron.line_file import LineFile
+from es_megatron.core.line_file import LineFile
 
 NO_SPACE = "/dev/full cannot be written (No space left on device): the run goes on without it"
 

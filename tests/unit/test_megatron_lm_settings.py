@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.metrics import RunTotals, saved_share
+from es_megatron.core.plan import plan_run
+from es_megatron.core.step import StepRecord
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import CheckpointError, ConfigError, DataError
 from es_megatron.frameworks.audit import Audit
@@ -35,9 +38,6 @@ from es_megatron.frameworks.megatron_lm_settings import (
     find_start,
     plan_length,
 )
-from es_megatron.metrics import RunTotals, saved_share
-from es_megatron.plan import plan_run
-from es_megatron.step import StepRecord
 from tests.megatron_lm_helper import write_component
 
 

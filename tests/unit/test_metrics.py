@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es_megatron.metrics import LogEntry, RunTotals
-from es_megatron.step import StepRecord
+from es_megatron.core.metrics import LogEntry, RunTotals
+from es_megatron.core.step import StepRecord
 
 
 def record(

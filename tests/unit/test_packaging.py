@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from es_megatron import resources
 from es_megatron.errors import ConfigError
-from es_megatron.tools import resources
 
 CHECKOUT = Path(__file__).parents[2]
 SHIPPED = ("patches", "launch", "configs")
@@ -73,7 +73,7 @@ def test_wheel_holds_the_shipped_folders_and_finds_them(tmp_path: Path) -> None:
     assert "es_megatron/py.typed" in names
     assert not [name for name in names if name.startswith("tests/")]
 
-    ask = "from es_megatron.tools.resources import resource; print(resource('patches'))"
+    ask = "from es_megatron.resources import resource; print(resource('patches'))"
     found = subprocess.run(
         [sys.executable, "-c", ask], cwd=tmp_path / "installed", check=True, capture_output=True, text=True, timeout=60
     )

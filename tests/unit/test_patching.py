@@ -18,7 +18,7 @@ import pytest
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import ConfigError, PatchError
 from es_megatron.frameworks.arguments import add_arguments, field_help, read_switches
-from es_megatron.tools.patching import (
+from es_megatron.patching import (
     PatchList,
     apply,
     check,
@@ -31,7 +31,7 @@ from es_megatron.tools.patching import (
     upstream_version,
     upstreams,
 )
-from es_megatron.tools.patching.declaration import Patch
+from es_megatron.patching.declaration import Patch
 
 UPSTREAM = '''
 def step(model, optimizer):
@@ -357,7 +357,7 @@ def test_flags_switch_it_on(flags: list[str], expected: EvolvedSamplingConfig | 
 def test_strictness_is_read_off_the_command_line(small: Small, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Patches are applied before the script parses anything."""
     small.write("1.5.0", UPSTREAM)
-    monkeypatch.setattr("es_megatron.tools.patching.registry.read_patches", lambda _: small.patches)
+    monkeypatch.setattr("es_megatron.patching.registry.read_patches", lambda _: small.patches)
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--es", "--es-strict-versions"])
     with pytest.raises(PatchError, match=r"`--es-strict-versions` is given"):
         patch_and_report("small")
@@ -394,7 +394,7 @@ def test_runner_names_what_is_wrong(tmp_path: Path) -> None:
 def test_importing_the_registry_changes_nothing() -> None:
     code = """
     import sys
-    import es_megatron.tools.patching as patching
+    import es_megatron.patching as patching
     patching.list_patches("megatron-lm")
     assert not [name for name in sys.modules if name.startswith(("megatron", "deepspeed"))]
     """

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from es_megatron.config import EvolvedSamplingConfig
-from es_megatron.errors import ConfigError, LayoutError
-from es_megatron.plan import (
+from es_megatron.core.plan import (
     Layout,
     Plan,
     check_micro_batches,
@@ -22,6 +21,7 @@ from es_megatron.plan import (
     plan_run,
     predict,
 )
+from es_megatron.errors import ConfigError, LayoutError
 from tests.unit.naive import make_manifest
 
 B = 32

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from es_megatron.tools.cli import main
-from es_megatron.tools.forecast.text import bytes_of, hours_of
+from es_megatron.cli import main
+from es_megatron.forecast.text import bytes_of, hours_of
 from es_megatron.trainer import passes
 from es_megatron.trainer import settings as trainer_settings
 from tests.ranks_helper import run_on_ranks

@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from es_megatron.errors import ConfigError, DataError
-from es_megatron.tools import corpus as corpora
-from es_megatron.tools import demo_corpus, output_folder
-from es_megatron.tools import prepare as command
-from es_megatron.tools.prepare import PrepareSettings, prepare
-from es_megatron.tools.tokenizer import tokenize, train_tokenizer
+from es_megatron.prepare import command, demo_corpus, output_folder
+from es_megatron.prepare import corpus as corpora
+from es_megatron.prepare.command import PrepareSettings, prepare
+from es_megatron.prepare.tokenizer import tokenize, train_tokenizer
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew odd potions in Zürich 北京 12 34"
 WORDS = TEXT.split()
@@ -99,7 +98,7 @@ def test_text_comes_back_and_stands_on_one_side(tmp_path: Path, two_components: 
 def test_output_does_not_depend_on_workers(
     tmp_path: Path, two_components: tuple[str, str], limit: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("es_megatron.tools.tokenizer._BATCH", 400)  # dozens of batches
+    monkeypatch.setattr("es_megatron.prepare.tokenizer._BATCH", 400)  # dozens of batches
     for workers in (1, 3):
         prepare(small(tmp_path, *two_components, output=tmp_path / str(workers), workers=workers, max_megabytes=limit))
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
@@ -349,7 +348,7 @@ def test_output_is_on_the_disk_before_it_is_named(tmp_path: Path, monkeypatch: p
 
 
 def test_a_dead_worker_is_told(model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("es_megatron.tools.tokenizer._work", _die)
+    monkeypatch.setattr("es_megatron.prepare.tokenizer._work", _die)
     with pytest.raises(DataError, match="fewer `--workers`"):
         list(tokenize(["x"] * 10, model, 2))
 

@@ -11,7 +11,7 @@ from es_megatron.algorithm.pruners import PRUNERS, Block
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores.store import ScoreStore
 
 N = 1000

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from es_megatron.cli import main
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.metrics import plan_facts
+from es_megatron.core.plan import Layout, Plan, plan_run
+from es_megatron.core.step import StepRecord
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import DataError
-from es_megatron.metrics import plan_facts
-from es_megatron.plan import Layout, Plan, plan_run
-from es_megatron.step import StepRecord
-from es_megatron.tools.cli import main
-from es_megatron.tools.report.analysis import analyse, merge_components, step_of, thin
+from es_megatron.report.analysis import analyse, merge_components, step_of, thin
 from es_megatron.trainer import passes
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.metrics_file import NAME, MetricsFile, Stretch, read_metrics

@@ -18,7 +18,7 @@ from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.data.schedule import Origin
 from es_megatron.errors import CheckpointError
-from es_megatron.parallel import Replica
+from es_megatron.rank_grid import Replica
 from es_megatron.scores.store import ScoreStore
 
 ALONE = Replica.alone()

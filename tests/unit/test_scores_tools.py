@@ -13,10 +13,10 @@ import yaml
 
 from es_megatron.checkpoint import ScoreRange, save_es_state
 from es_megatron.checkpoint.es_state import load_es_state
+from es_megatron.cli import main
 from es_megatron.data.manifest import Component, Manifest
-from es_megatron.parallel import Replica
-from es_megatron.tools import score_files
-from es_megatron.tools.cli import main
+from es_megatron.rank_grid import Replica
+from es_megatron.score_files import files as score_files
 from tests.unit.naive import make_manifest
 
 ALONE = Replica.alone()

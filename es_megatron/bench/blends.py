@@ -1,0 +1,85 @@
+"""Blends of a comparison: the documents of a recipe, written as JSON lines and prepared.
+
+A blend stands in a folder named after what it is made from: several specs share it, and a changed recipe makes another.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from es_megatron.bench.documents import Part, derive, read_parts
+from es_megatron.bench.recipe import Recipe, digest, identity
+from es_megatron.bench.runs import Blend
+from es_megatron.errors import DataError
+from es_megatron.prepare.command import PrepareSettings, prepare, summarise
+from es_megatron.prepare.demo_corpus import write_demo_corpora
+from es_megatron.prepare.output_folder import appearing_folder
+
+
+def make_blend(name: str, recipe: Recipe, data: Path, wikitext: Path | None) -> Blend:
+    """Find the blend of a recipe, or make it.
+
+    Args:
+        name: of the blend in its spec.
+        recipe: of the blend.
+        data: folder of all blends.
+        wikitext: the file of `--wikitext`.
+
+    Raises:
+        EsError: sources are missing, cannot be downloaded, or do not fit the recipe.
+    """
+    told = identity(recipe, wikitext)
+    if recipe.blend is not None:
+        if not recipe.blend.is_file():
+            raise DataError(f"Blend file `{recipe.blend}` of `{name}` does not exist: prepare it, or correct the path.")
+        return Blend(recipe.blend, told)
+    folder = data / f"{name}-{digest(told)}"
+    if not (folder / "blend.yaml").is_file():
+        with _in_turn(data):
+            if not (folder / "blend.yaml").is_file():
+                demo = demo_texts(data) if recipe.demo else data
+                _prepare(derive(read_parts(recipe, demo, wikitext), recipe), recipe, folder)
+    return Blend(folder / "blend.yaml", told)
+
+
+@contextmanager
+def _in_turn(data: Path) -> Generator[None]:
+    """Wait until no other command makes blends here: it may be making this one."""
+    data.mkdir(parents=True, exist_ok=True)
+    with (data / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def demo_texts(data: Path) -> Path:
+    """The folder of the demo's corpora, downloaded if it is not there."""
+    folder = data / "demo-texts"
+    if not folder.is_dir():
+        print("download and read the texts of the demo", flush=True)
+        with appearing_folder(folder, replace=False) as partial, tempfile.TemporaryDirectory(dir=data) as raw:
+            for corpus in write_demo_corpora(Path(raw)):
+                for file in corpus.files:
+                    file.rename(partial / file.name)
+    return folder
+
+
+def _prepare(parts: Sequence[Part], recipe: Recipe, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".texts-") as texts:
+        for part in parts:
+            with Path(texts, f"{part.name}.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps({"text": text}) + "\n" for text in part.texts)
+        settings = PrepareSettings(
+            output=folder,
+            components=tuple(f"{part.name}={texts}/{part.name}.jsonl" for part in parts),
+            train_only=tuple(part.name for part in parts if not part.evaluated),
+            vocab_size=recipe.vocab_size,
+            validation_share=recipe.validation_share,
+            workers=1,
+            progress=False,
+        )
+        print(summarise(prepare(settings), folder), flush=True)

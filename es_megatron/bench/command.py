@@ -1,0 +1,87 @@
+"""Compare arms at equal cost over paired seeds, as a spec says; finished runs are not run again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from es_megatron.bench.comparison import Comparison
+from es_megatron.bench.spec import Spec, check, load_spec, nearest
+from es_megatron.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    add = parser.add_argument
+    add("specs", type=Path, nargs="+", metavar="SPEC", help="YAML file, such as benchmarks/quality/quick.yaml")
+    add("--directory", type=Path, default=Path("runs/compare"), help="of data and results (%(default)s)")
+    add("--jobs", type=int, help="runs at a time, over the spec's")
+    add("--arms", nargs="+", metavar="ARM", help="only these")
+    add("--cases", nargs="+", metavar="CASE", help="only these")
+    add("--seeds", type=int, nargs="+", metavar="SEED", help="paired seeds, over the spec's")
+    add("--wikitext", type=Path, metavar="PATH", help="training file of WikiText-2 raw, for specs that read it")
+    add("--table", action="store_true", help="run nothing: show what the finished runs say")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is not finished yet and print the table of each spec; returns 1 if a run has failed."""
+    failed = False
+    for path in arguments.specs:
+        spec = narrow(load_spec(path), arguments)
+        directory: Path = arguments.directory / path.stem
+        directory.mkdir(parents=True, exist_ok=True)
+        with nullcontext() if arguments.table else alone(directory):
+            comparison = Comparison(spec, directory, arguments.directory / "data", arguments.wikitext)
+            if arguments.table:
+                comparison.find(failures=True)
+            else:
+                comparison.run()
+            failed = comparison.report() or failed
+    return int(failed)
+
+
+def narrow(spec: Spec, arguments: argparse.Namespace) -> Spec:
+    """A spec with what the command line says instead.
+
+    Raises:
+        ConfigError: it names an arm or a case that the spec does not have, or what it says does not go together.
+    """
+    changes: dict[str, Any] = {}
+    if arguments.arms:
+        changes["arms"] = _pick(spec.arms, arguments.arms, "--arms")
+        changes["references"] = tuple(name for name in spec.references if name in arguments.arms)
+        changes["equal_cost"] = tuple(name for name in spec.equal_cost if name in arguments.arms)
+    if arguments.cases:
+        changes["cases"] = _pick(spec.cases, arguments.cases, "--cases")
+    if arguments.seeds:
+        changes["seeds"] = tuple(dict.fromkeys(arguments.seeds))
+    if arguments.jobs is not None:
+        changes["jobs"] = arguments.jobs
+    narrowed = dataclasses.replace(spec, **changes)
+    check(narrowed)
+    return narrowed
+
+
+def _pick(known: Any, names: list[str], option: str) -> dict[str, Any]:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"`{option}` must name what the spec has, but has {name!r}. {nearest(name, known)}")
+    return {name: known[name] for name in known if name in names}
+
+
+@contextmanager
+def alone(directory: Path) -> Generator[None]:
+    """Hold a folder against a second command; `ConfigError` if there is one."""
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"`{directory}` is in use by another `es-megatron compare`: wait for it, or give another `--directory`."
+            ) from error
+        yield

@@ -1,0 +1,210 @@
+"""Runs of a comparison: their settings, their folders, which are finished, and which are next."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from es_megatron.bench.spec import Overrides, Spec, mapping
+from es_megatron.checkpoint.es_state import read_manifest
+from es_megatron.checkpoint.transfer import find_scores
+from es_megatron.config import build
+from es_megatron.data.manifest import Manifest
+from es_megatron.errors import ConfigError
+from es_megatron.trainer.settings import PretrainSettings
+
+
+class Task(NamedTuple):
+    """One run."""
+
+    case: str
+    arm: str
+    rate: float
+    """Highest learning rate."""
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it stands inside the folder of the comparison."""
+        return Path("runs", self.case, self.arm, f"lr{self.rate:g}-seed{self.seed}")
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.case} {self.arm} lr {self.rate:g} seed {self.seed}"
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    summary: Mapping[str, Any]
+    """What the trainer's `summary.json` holds; empty for a failed run."""
+    error: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Mean validation loss over the domains, nats per token; infinite where there is none."""
+        loss = float((self.summary.get("validation") or {}).get("mean", math.inf))
+        return loss if math.isfinite(loss) else math.inf
+
+
+Outcomes = Mapping[Task, Outcome]
+
+
+@dataclass(frozen=True)
+class Blend:
+    """The data of a case."""
+
+    file: Path
+    identity: Mapping[str, Any]
+
+
+def settings_of(spec: Spec, task: Task, blend: Blend, folder: Path) -> dict[str, Any]:
+    """The settings of a run as a mapping: base, case, arm, rate and seed, in this order.
+
+    Raises:
+        ConfigError: the settings are not those of a run; names the arm.
+    """
+    made: dict[str, Any] = copy.deepcopy(dict(spec.base))
+    apply(made, spec.cases[task.case].overrides)
+    apply(made, spec.arms[task.arm])
+    own = {
+        "data.blend": str(blend.file),
+        "training.lr": task.rate,
+        "training.min_lr": spec.final_rate * task.rate,
+        "training.seed": task.seed,
+        "model.init_seed": task.seed,
+        "evolved_sampling.seed": task.seed,
+        "run.directory": str(folder),
+        "run.save_interval": None,
+        "run.resume": False,
+        "run.progress": False,
+    }
+    apply(made, own)
+    build(PretrainSettings, made, f"{spec.path}: arm {task.arm}")
+    return made
+
+
+def apply(sections: dict[str, Any], overrides: Overrides) -> None:
+    """Set `section.key` values in nested sections, in place."""
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        inner = sections
+        for part in path:
+            inner[part] = mapping(inner.get(part), part)
+            inner = inner[part]
+        inner[last] = {**mapping(inner.get(last), last), **value} if isinstance(value, dict) else value
+
+
+def identity_of(settings: Mapping[str, Any], blend: Blend) -> dict[str, Any]:
+    """What must be equal for a finished run to count: its settings with all defaults, its data, and the versions.
+
+    Not where anything stands: `initial_scores` are told by their content.
+
+    Raises:
+        CheckpointError: there are no such `initial_scores`.
+    """
+    told = dataclasses.asdict(build(PretrainSettings, dict(settings), "settings"))
+    del told["run"], told["data"]["blend"]
+    scores = told["evolved_sampling"]["initial_scores"]
+    if scores is not None:
+        told["evolved_sampling"]["initial_scores"] = scores_identity(Path(scores))
+    versions = {name: importlib.metadata.version(name) for name in ("es_megatron", "torch", "megatron-core")}
+    return json.loads(json.dumps({"settings": told, "blend": blend.identity, "versions": versions}, default=str))
+
+
+def scores_identity(path: Path) -> dict[str, Any]:
+    """What makes saved scores what they are, wherever they stand: checksums of them, and the samples they belong to."""
+    document = read_manifest(find_scores(path))
+    blend = Manifest.from_json(document["data_manifest"])
+    return {
+        "scores": {name: entry["crc32"] for name, entry in document["tensors"].items() if not name.startswith("mask")},
+        "samples": [[component.name, component.samples, component.fingerprint] for component in blend.components],
+    }
+
+
+def check_arms(spec: Spec, blends: Mapping[str, Blend]) -> None:
+    """Refuse arms whose settings cannot be, before anything runs; `ConfigError` names the arm."""
+    for case in spec.cases:
+        for arm in spec.arms:
+            task = Task(case, arm, spec.learning_rates[0], spec.seeds[0])
+            try:
+                made = build(PretrainSettings, settings_of(spec, task, blends[case], Path()), f"arm {arm}")
+                if made.training.eval_samples < 1:
+                    raise ConfigError(
+                        "`training.eval_samples` must be >= 1, but is 0 instead: arms are compared by their validation "
+                        "losses. Leave it out."
+                    )
+            except ConfigError as error:
+                raise (
+                    error if f"arm {arm}" in str(error) else ConfigError(f"{spec.path}: arm {arm}: {error}")
+                ) from error
+
+
+def prepare_folder(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Make the empty folder of a run that is about to start."""
+    (folder / "summary.json").unlink(missing_ok=True)  # before the rest: a kill in between leaves no half-true folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "identity.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+
+
+def read_outcome(folder: Path, identity: Mapping[str, Any]) -> Outcome | None:
+    """How the run in a folder ended; None if it did not, or was made with other settings or data."""
+    try:
+        if json.loads((folder / "identity.json").read_text(encoding="utf-8")) != identity:
+            return None
+        if (folder / "error.txt").exists():
+            return Outcome({}, (folder / "error.txt").read_text(encoding="utf-8").strip())
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Outcome(summary) if summary["finished"] else None
+
+
+def searched(spec: Spec, case: str, arm: str) -> list[Task]:
+    """The runs among which the learning rate of an arm is chosen."""
+    if not spec.searches:
+        return []
+    return [Task(case, arm, rate, seed) for rate in spec.learning_rates for seed in spec.search_seeds]
+
+
+def best_rate(spec: Spec, outcomes: Outcomes, case: str, arm: str) -> float | None:
+    """The rate of the best mean loss over the search seeds; None while it is open, or if every rate has failed."""
+    if not spec.searches:
+        return spec.learning_rates[0]
+    if any(task not in outcomes for task in searched(spec, case, arm)):
+        return None
+    means = {
+        rate: math.fsum(outcomes[Task(case, arm, rate, seed)].loss for seed in spec.search_seeds)
+        for rate in spec.learning_rates
+    }
+    best = min(means, key=lambda rate: means[rate])
+    return best if math.isfinite(means[best]) else None
+
+
+def open_tasks(spec: Spec, outcomes: Outcomes) -> list[Task]:
+    """The runs that can start now, arm by arm: of each the search first, then the paired seeds at the best rate."""
+    found: list[Task] = []
+    for case in spec.cases:
+        for arm in spec.arms:
+            tasks = searched(spec, case, arm)
+            rate = best_rate(spec, outcomes, case, arm)
+            if rate is not None:
+                tasks = [Task(case, arm, rate, seed) for seed in spec.seeds]
+            found.extend(task for task in tasks if task not in outcomes)
+    return found
+
+
+def write_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Write a run's settings so that `es-megatron pretrain --config` can repeat it."""
+    path.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")

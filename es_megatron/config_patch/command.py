@@ -1,0 +1,125 @@
+"""Check a config you have (script, argument list, YAML, DeepSpeed JSON), and put Evolved Sampling into a copy of it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from es_megatron.checks.config_report import Wishes, examine
+from es_megatron.config import EvolvedSamplingConfig, require
+from es_megatron.config_files.reading import KINDS, Hints, read
+from es_megatron.config_patch.writing import patch
+from es_megatron.errors import ConfigError
+from es_megatron.frameworks import arguments as flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("config", type=Path, help="launch script, argument list, YAML or DeepSpeed JSON")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="only report; exit code 1 if anything is refused")
+    what.add_argument("--diff", action="store_true", help="print a unified diff instead of writing a copy")
+    what.add_argument("--in-place", action="store_true", help="write into CONFIG itself")
+    what.add_argument("--output", type=Path, help="where the copy goes; default: NAME.es.EXT beside CONFIG")
+    add_hints(parser)
+    flags.add_arguments(parser)
+
+
+def add_hints(parser: argparse.ArgumentParser) -> None:
+    """Declare what a user can tell about a config beyond what stands in it."""
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks of the run, where the config does not tell")
+    parser.add_argument("--passes", type=float, metavar="N", help="passes over the data, for the predicted saving")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the script, or an option of the run",
+    )
+    parser.add_argument(
+        "--script", metavar="NAME.py", help="the training script, if not pretrain*.py, train*.py, finetune*.py"
+    )
+    parser.add_argument("--kind", choices=sorted(KINDS), help="what CONFIG is, if its name does not tell")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Report, and write unless something is refused; returns 1 if it is."""
+    source = read(arguments.config, hints_of(arguments))
+    switches = flags.read_switches(arguments)
+    given = frozenset(name.removeprefix("es_") for name in vars(arguments) if name.startswith("es_"))
+    if switches.config is None and hasattr(arguments, "es"):
+        raise ConfigError("`--no-es` switches Evolved Sampling off, so there is nothing to put in. Leave it out.")
+    wishes = Wishes(switches.config or EvolvedSamplingConfig(), given, arguments.passes)
+    report = examine(arguments.config.name, source, wishes)
+    print(report.text(), file=sys.stderr if arguments.diff else sys.stdout)
+    if arguments.check or report.refused:
+        return int(report.refused)
+    patched = patch(source, report.proposal.config, switches)
+    if arguments.diff:
+        sys.stdout.write(diff_of(arguments.config.name, source.text, patched))
+        return 0
+    target = arguments.config if arguments.in_place else arguments.output or copy_of(arguments.config)
+    write(target, patched, like=arguments.config)
+    print(f"written: {target} (`es-megatron unpatch {target}` takes it out again)")
+    return 0
+
+
+def hints_of(arguments: argparse.Namespace) -> Hints:
+    """What the user told about the config.
+
+    Raises:
+        ConfigError: not NAME=VALUE, or a size out of range.
+    """
+    require(arguments.world_size is None or arguments.world_size >= 1, "--world-size", ">= 1", arguments.world_size)
+    require(arguments.passes is None or arguments.passes > 0, "--passes", "> 0", arguments.passes)
+    values: dict[str, str] = {}
+    for each in arguments.set:
+        name, equals, value = each.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"`--set` must be NAME=VALUE, but is {each!r} instead.")
+        values[name] = value
+    return Hints(values, arguments.world_size, arguments.script, arguments.kind)
+
+
+def copy_of(path: Path) -> Path:
+    """Where the patched copy goes by default: `train.sh` -> `train.es.sh`."""
+    return path.with_name(f"{path.stem}.es{path.suffix}")
+
+
+def diff_of(name: str, before: str, after: str) -> str:
+    """Unified diff that `patch -p1` takes; line ends as in the file."""
+    lines = difflib.unified_diff(split(before), split(after), f"a/{name}", f"b/{name}")
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+
+
+def split(text: str) -> list[str]:
+    """Lines with their ends; nothing but a line feed ends one."""
+    parts = text.split("\n")
+    return [part + "\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
+
+
+def write(path: Path, text: str, like: Path) -> None:
+    """Write a file in one move, with the permissions of another.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    partial = None
+    try:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            partial = Path(file.name)
+            file.write(text.encode("utf-8", "surrogateescape"))
+        shutil.copymode(like, partial)
+        partial.replace(path)
+    except OSError as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        raise ConfigError(
+            f"`{path}` cannot be written ({error.strerror}). Choose another place with `--output`."
+        ) from error

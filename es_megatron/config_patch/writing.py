@@ -1,0 +1,228 @@
+"""Puts Evolved Sampling into the text of a config, and takes it out again byte for byte.
+
+What is put in is marked or of one exact shape, so that taking it out needs no copy of the original: every patch is
+undone in memory first, and is only given out if that restores the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from typing import Any
+
+import yaml
+
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.config_files.existing_run import Kind
+from es_megatron.config_files.json_members import Member, members_of
+from es_megatron.config_files.launches import RUNNER, Launch
+from es_megatron.config_files.reading import BLOCK, Source, last_word
+from es_megatron.config_files.shell_syntax import CONTINUED
+from es_megatron.errors import ConfigError
+from es_megatron.frameworks.arguments import STRICT_VERSIONS, Switches
+
+NO_SWITCHES = Switches(None, None)
+BEGIN, END = "# >>> es-megatron", "# <<< es-megatron <<<"
+ARRAYS = ("ES_ARGS", "ES_MEGATRON_ARGS")
+UNENDED = "no newline at the end"
+MARKED = re.compile(rf"[ \t]*{BEGIN} \(([^)]*)\).*?{END}\r?\n", re.DOTALL)
+BARE = [field.name.replace("_", "-") for field in dataclasses.fields(EvolvedSamplingConfig) if field.default is False]
+PLAIN = "|".join([*BARE, STRICT_VERSIONS.removeprefix("--es-")])
+"""Flags without a value, as an alternative of a pattern."""
+FLAG = rf"(?:--(?:no-)?es(?:-(?:{PLAIN}))?(?![\w-])|--es-[a-z0-9-]+[ =][^\s\"'\\]+)"
+RUN_AS_MODULE = re.compile(rf"(?:-m|--module) {re.escape(RUNNER)} ")
+IN_LAUNCH = re.compile(rf" (?:\"\$\{{(?:{'|'.join(ARRAYS)})\[@\]\}}\"|{FLAG})")
+IN_ARGUMENTS = re.compile(rf"(?:(?: \\)?\r?\n[ \t]*| ){FLAG}")
+
+
+def settings_of(config: EvolvedSamplingConfig) -> dict[str, Any]:
+    """Fields that differ from their default, and those of the preset always."""
+    return {
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) not in (field.default, ())
+    }
+
+
+def flags_of(config: EvolvedSamplingConfig, switches: Switches = NO_SWITCHES) -> list[str]:
+    """The same as flags, each with its value, and what goes with them."""
+    flags: list[str] = []
+    for name, value in settings_of(config).items():
+        flag = f"--es-{name.replace('_', '-')}"
+        told = " ".join(value) if isinstance(value, list) else value
+        flags.append(flag if value is True else f"{flag} {told}")
+    flags += [] if switches.audit is None else [f"--es-audit {switches.audit}"]
+    return flags + ([STRICT_VERSIONS] if switches.strict_versions else [])
+
+
+def patch(source: Source, config: EvolvedSamplingConfig, switches: Switches = NO_SWITCHES) -> str:
+    """The text with Evolved Sampling put in.
+
+    Args:
+        source: what was read.
+        config: its settings.
+        switches: whose audit file and strictness are put in besides.
+
+    Raises:
+        ConfigError: it is in already, or this text cannot be patched so that undoing it restores it.
+    """
+    if source.settings or any(launch.patched for launch in source.launches):
+        raise ConfigError(
+            "It is patched already. Edit the settings in it, or take them out with `es-megatron unpatch` first."
+        )
+    audit = "" if switches.audit is None else str(switches.audit)
+    if audit and (source.kind in ("yaml", "deepspeed") or re.search(r"[\s\"'\\$]", audit)):
+        raise ConfigError(
+            "`--es-audit` must be a plain path, and is for scripts and argument lists only. Leave it out here."
+        )
+    if source.kind == "script":
+        patched = _patch_script(source, flags_of(config, switches))
+    elif source.kind == "arguments":
+        patched = _patch_arguments(source.text, flags_of(config, switches))
+    elif source.kind == "yaml":
+        patched = _patch_yaml(source.text, settings_of(config))
+    else:
+        patched = _patch_json(source.text, settings_of(config))
+    if unpatch(source.kind, patched)[0] != source.text:
+        raise ConfigError(
+            "It cannot be patched so that undoing it restores it. Put the settings in by hand (docs/configs.md)."
+        )
+    return patched
+
+
+def unpatch(kind: Kind, text: str) -> tuple[str, bool]:
+    """The text with Evolved Sampling taken out, and whether it is known to be the original again.
+
+    Raises:
+        ConfigError: there is nothing of it in the text, or half of it only.
+    """
+    if kind == "deepspeed":
+        return _unpatch_json(text), True
+    if kind == "arguments":
+        restored = IN_ARGUMENTS.sub("", text)
+        if restored == text:
+            raise ConfigError("It has no `--es-*` flags, so there is nothing to take out.")
+        return restored, True
+    marks = list(MARKED.finditer(text))
+    if not marks or len(marks) != text.count(BEGIN) or len(marks) != text.count(END):
+        found = f"{text.count(BEGIN)} and {text.count(END)}"
+        raise ConfigError(
+            f"It must have `{BEGIN} ...` and `{END}` in pairs, but has {found} instead: it is not patched, or was "
+            "edited there. Take the rest out by hand."
+        )
+    told = marks[0][1]
+    restored = MARKED.sub("", text)
+    if kind == "script":
+        restored = _unpatch_launches(restored)
+    elif UNENDED in told:
+        restored = restored.removesuffix("\n").removesuffix("\r")
+    return restored, digest(restored) in told
+
+
+def digest(text: str) -> str:
+    """What tells an original from an edited one."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _newline(text: str) -> str:
+    return "\r\n" if "\r\n" in text else "\n"
+
+
+def _marked(text: str, body: list[str], indent: str = "", extra: str = "") -> str:
+    told = f"sha256 {digest(text)}{extra}"
+    lines = [f"{BEGIN} ({told}): `es-megatron unpatch` takes this out >>>", *body, END]
+    return "".join(f"{indent}{line}{_newline(text)}" for line in lines)
+
+
+def _patch_script(source: Source, flags: list[str]) -> str:
+    text = source.text
+    array = next(name for name in ARRAYS if name not in text) if has_arrays(text) else None
+    edits: list[tuple[int, int, str]] = []
+    for launch in source.launches:
+        use = array if not launch.anchor.inline else None
+        edits += _launch_edits(text, launch, flags, use)
+    for start, end, new in sorted(set(edits), reverse=True):
+        text = text[:start] + new + text[end:]
+    return text
+
+
+def _launch_edits(text: str, launch: Launch, flags: list[str], array: str | None) -> list[tuple[int, int, str]]:
+    line = text[launch.line_start :]
+    indent = line[: len(line) - len(line.lstrip(" \t"))]
+    body = [f"{array}=(", *(f"    {flag}" for flag in flags), ")"] if array else []
+    option = "--module" if launch.launcher == "deepspeed" else "-m"
+    word = text[launch.anchor.start : launch.anchor.end]
+    passed = f'"${{{array}[@]}}"' if array else " ".join(flags)
+    return [
+        (launch.line_start, launch.line_start, _marked(text, body, indent)),
+        (launch.anchor.start, launch.anchor.end, f"{option} {RUNNER} {word} {passed}"),
+    ]
+
+
+def has_arrays(text: str) -> bool:
+    """Whether the shell of a script knows arrays."""
+    first = text.split("\n", 1)[0]
+    return not first.startswith("#!") or "bash" in first or "zsh" in first
+
+
+def _unpatch_launches(text: str) -> str:
+    found = list(RUN_AS_MODULE.finditer(text))
+    for match in reversed(found):
+        before, rest = text[: match.start()], text[match.end() :]
+        word = re.match(r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"'])+", rest)
+        end = word.end() if word else 0
+        passed = re.compile(f"(?:{IN_LAUNCH.pattern})*").match(rest, end)
+        text = before + rest[:end] + rest[passed.end() if passed else end :]
+    return text
+
+
+def _patch_arguments(text: str, flags: list[str]) -> str:
+    at, newline = last_word(text), _newline(text)
+    begin = text.rfind("\n", 0, at) + 1
+    indent = text[begin:at][: len(text[begin:at]) - len(text[begin:at].lstrip(" \t"))]
+    many = "\n" in text.strip()
+    separator = f" \\{newline}{indent}" if CONTINUED.search(text) else f"{newline}{indent}" if many else " "
+    return text[:at] + "".join(separator + flag for flag in flags) + text[at:]
+
+
+def _patch_yaml(text: str, settings: dict[str, Any]) -> str:
+    body = [f"{BLOCK}:", *(f"  {name}: {json.dumps(value)}" for name, value in settings.items())]
+    ended = not text or text.endswith("\n")
+    patched = text + ("" if ended else _newline(text)) + _marked(text, body, "", "" if ended else f", {UNENDED}")
+    try:
+        same = yaml.safe_load(patched.lstrip("\ufeff")) == {**yaml.safe_load(text.lstrip("\ufeff")), BLOCK: settings}
+    except yaml.YAMLError:
+        same = False
+    if not same:
+        raise ConfigError("A block cannot be put behind this YAML. Put in by hand: " + "; ".join(body))
+    return patched
+
+
+def _patch_json(text: str, settings: dict[str, Any]) -> str:
+    opened, members = members_of(text)
+    newline = _newline(text)
+    at = members[-1].end if members else opened + 1
+    lines = "\n" in text[opened:at] and bool(members)
+    begin = text.rfind("\n", 0, members[0].start) + 1 if lines else 0
+    indent = text[begin : members[0].start] if lines and not text[begin : members[0].start].strip() else "    "
+    if lines:
+        inner = f",{newline}".join(f"{indent}{indent}{json.dumps(k)}: {json.dumps(v)}" for k, v in settings.items())
+        block = f"{newline}{indent}{json.dumps(BLOCK)}: {{{newline}{inner}{newline}{indent}}}"
+    else:
+        block = f"{' ' if members else ''}{json.dumps(BLOCK)}: {json.dumps(settings)}"
+    return text[:at] + ("," if members else "") + block + text[at:]
+
+
+def _unpatch_json(text: str) -> str:
+    opened, members = members_of(text)
+    at = next((number for number, member in enumerate(members) if member.key == BLOCK), None)
+    if at is None:
+        raise ConfigError(f"It has no `{BLOCK}` block, so there is nothing to take out.")
+    member: Member = members[at]
+    if at > 0:
+        return text[: members[at - 1].end] + text[member.end :]
+    if len(members) > 1:
+        return text[: member.start] + text[members[1].start :]
+    return text[: opened + 1] + text[member.end :]

@@ -1,0 +1,203 @@
+"""From what is known of a meta-batch to the sequences that get a backward pass: policy, draw or ranking, and guard."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from es_megatron.algorithm.evolution import raise_to_floor
+from es_megatron.algorithm.guard import equivalent_batch, smooth
+from es_megatron.algorithm.policies import POLICIES, Evidence
+from es_megatron.algorithm.randomness import Purpose, uniforms
+from es_megatron.algorithm.selection import Race, best, best_groups, inclusion_weights, race, race_groups
+from es_megatron.core.plan import Plan
+from es_megatron.errors import ConfigError
+from es_megatron.rank_grid import Replica
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Known(NamedTuple):
+    """What is known of a meta-batch; arrays of length B, in the order of positions."""
+
+    loss: Float32
+    """Losses now, nan where not finite; without a fresh pass the scores as they are used."""
+    weight: Float32
+    """Weights of eq. 2.5, 0 where the loss is not finite; without a fresh pass the same scores."""
+    norm: Float32 | None = None
+    """Bound of gradient norms, where the policy asked for it."""
+    informed: bool = True
+    """Whether any of it was ever scored; what was not says nothing about what scores are worth."""
+
+
+class Choice(NamedTuple):
+    """Chosen positions and what their losses weigh."""
+
+    positions: Int64
+    """int64[b], rising."""
+    weights: Float64 | None
+    """float64[b]; None for 1."""
+
+
+class Chooser:
+    """Chooses b of B sequences, iteration by iteration; what it remembers is staged until `commit`."""
+
+    def __init__(self, plan: Plan, replica: Replica, micro_batch: int) -> None:
+        """Make the policy of the settings.
+
+        Args:
+            plan: of the run.
+            replica: the ranks; world rank 0's choice counts, since logarithms differ between processor types.
+            micro_batch: sequences of a group, for `granularity: microbatch`.
+
+        Raises:
+            ConfigError: no such policy or option, or settings that do not go with it.
+        """
+        config = plan.config
+        self.plan, self.replica, self.micro_batch = plan, replica, micro_batch
+        self.config = config
+        self.policy = POLICIES.make(config.policy, config.policy_options)
+        if self.policy.needs_norm and config.scores and config.scorer in ("history", "external", "every-k"):
+            raise ConfigError(
+                f"`scorer` must be `fresh` or `prefix` with policy `{config.policy}`, but is `{config.scorer}` "
+                "instead: norms are not kept in the scores."
+            )
+        if not self.policy.draws and (config.inclusion_weights or config.weight_floor > 0):
+            name = "inclusion_weights" if config.inclusion_weights else "weight_floor"
+            raise ConfigError(
+                f"`{name}` must be off with policy `{config.policy}`, which ranks and does not draw. Switch it off."
+            )
+        opposed = {
+            "weight_floor": config.weight_floor > 0,
+            "inclusion_weights": config.inclusion_weights,
+            "granularity: microbatch": config.granularity == "microbatch",
+        }
+        if self.policy.excludes and any(opposed.values()):
+            name = next(name for name, on in opposed.items() if on)
+            raise ConfigError(
+                f"`{name}` must be off with policy `{config.policy}` and options {list(config.policy_options)}, which "
+                "mean some sequences never to be chosen: it counts on all of them. Switch one of the two off."
+            )
+        self.state: dict[str, Any] = {"policy": {}, "guard": {"iterations": 0, "gain": 0.0, "fell": False}}
+        """JSON-able; of the last finished iteration."""
+        self._next = self.state
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether scoring passes have to tell the bound of gradient norms."""
+        return self.policy.needs_norm and self.config.scores
+
+    @property
+    def fell(self) -> bool:
+        """Whether the guard has fallen back."""
+        return self.config.guard != "off" and bool(self.state["guard"]["fell"])
+
+    def choose(self, iteration: int, known: Known) -> Choice:
+        """Choose by the policy."""
+        drawable = np.flatnonzero(known.weight)
+        weight, draws = self._weigh(iteration, known, drawable)
+        if known.informed:
+            self._judge(known.loss[drawable])
+        if self.config.arm == "shuffled":
+            drawn = uniforms(self.config.seed, Purpose.SHUFFLE_BATCH, 0, iteration, 0, len(weight))
+            weight[drawable] = weight[drawable[np.argsort(drawn[drawable], kind="stable")]]
+        return self._take(iteration, weight, self.plan.kept, draws=draws)
+
+    def choose_any(self, iteration: int) -> Choice:
+        """Choose at random: the uniform arms, and where the guard has fallen back."""
+        count = self.plan.fallback if self.fell else self.plan.kept
+        return self._take(iteration, np.ones(self.plan.meta_batch), count, draws=True)
+
+    def commit(self) -> None:
+        """Keep what the iteration has changed in the state."""
+        before = self.fell
+        self.state = self._next
+        if self.fell and not before:
+            LOGGER.warning(
+                "guard: the scores are worth %.3f times the chosen sequences, and pay from %.3f on: from now on %d of "
+                "%d sequences are trained, at random",
+                self.state["guard"]["gain"],
+                self.plan.break_even_gain,
+                self.plan.fallback,
+                self.plan.meta_batch,
+            )
+
+    def discard(self) -> None:
+        """Forget what the iteration has changed."""
+        self._next = self.state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on where `state` stood."""
+        self.state = self._next = state
+
+    def _weigh(self, iteration: int, known: Known, drawable: Int64) -> tuple[Float64, bool]:
+        """Weights float64[B] of the policy, and whether they draw; what has no loss weighs 0 or ranks last."""
+        draws = self.policy.draws
+        weight = np.full(len(known.weight), 0.0 if draws else -np.inf)
+        self._next = copy.deepcopy(self.state)
+        parts = self.config.selection_parts
+        for low in range(0, len(weight), len(weight) // parts):
+            at = drawable[(drawable >= low) & (drawable < low + len(weight) // parts)]
+            if len(at) == 0:
+                continue
+            norm = None if known.norm is None else known.norm[at].astype(np.float64)
+            evidence = Evidence(
+                known.loss[at].astype(np.float64),
+                known.weight[at].astype(np.float64),
+                norm,
+                self.plan.kept // parts,
+                iteration,
+            )
+            weight[at], self._next["policy"] = self.policy.weigh(evidence, self._next["policy"])
+        if draws and self.config.weight_floor > 0:
+            mean = float(weight.sum()) / max(1, len(drawable))
+            weight = raise_to_floor(weight, self.config.weight_floor, mean)
+        return weight, draws
+
+    def _take(self, iteration: int, weight: Float64, count: int, *, draws: bool) -> Choice:
+        """Draw or rank, part by part."""
+        parts = self.config.selection_parts if count == self.plan.kept else 1
+        uniform = uniforms(self.config.seed, Purpose.SELECT, 0, iteration, 0, len(weight))
+        size = len(weight) // parts
+        taken = [
+            self._take_part(weight[low : low + size], uniform[low : low + size], count // parts, draws=draws)
+            for low in range(0, len(weight), size)
+        ]
+        positions = np.concatenate([part.chosen + number * size for number, part in enumerate(taken)])
+        positions = self.replica.tell(positions)
+        if not self.config.inclusion_weights:
+            return Choice(positions, None)
+        runner_up = self.replica.tell(np.asarray([part.runner_up for part in taken]))
+        weights = [
+            inclusion_weights(
+                weight[number * size : (number + 1) * size], Race(chosen - number * size, float(tau)), count // parts
+            )
+            for number, (chosen, tau) in enumerate(zip(positions.reshape(parts, -1), runner_up, strict=True))
+        ]
+        return Choice(positions, np.concatenate(weights))
+
+    def _take_part(self, weight: Float64, uniform: Float64, count: int, *, draws: bool) -> Race:
+        if self.config.granularity == "microbatch":
+            if draws:
+                return Race(race_groups(weight, uniform, count, self.micro_batch), np.inf)
+            return Race(best_groups(weight, count, self.micro_batch), np.inf)
+        return race(weight, uniform, count) if draws else Race(best(weight, count), np.inf)
+
+    def _judge(self, weight: npt.NDArray[np.floating]) -> None:
+        """Go on with the guard's average, and fall back where it says so; the same on every rank."""
+        if self.config.guard == "off" or len(weight) == 0:
+            return
+        guard = self._next["guard"]
+        gain = smooth(guard["gain"], guard["iterations"], equivalent_batch(weight), self.config.guard_window)
+        gain = float(self.replica.tell(np.asarray([gain]))[0])
+        guard["gain"], guard["iterations"] = gain, guard["iterations"] + 1
+        if guard["iterations"] >= self.config.guard_window and gain <= self.plan.break_even_gain:
+            guard["fell"] = True

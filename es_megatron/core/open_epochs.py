@@ -1,0 +1,120 @@
+"""The pruned epochs that are open: whose scores decided their masks, and what the samples they kept stand for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from es_megatron.core.plan import Plan
+from es_megatron.data.mask import KeptMask
+from es_megatron.data.sampler import MetaBatch, Sampler
+from es_megatron.scores.store import ScoreStore, StandIn
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+UInt8 = npt.NDArray[np.uint8]
+EpochKey = tuple[int, int]
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """How the mask of an epoch came about."""
+
+    iteration: int
+    """The scores before this iteration decided it."""
+    stand_in: StandIn | None
+    """What the weight of kept samples with a low score is, where the pruner rescales."""
+
+
+class OpenEpochs:
+    """Decides kept masks when they are due, and remembers what is needed while their epochs last."""
+
+    def __init__(self, plan: Plan, store: ScoreStore, sampler: Sampler) -> None:
+        """Start with none."""
+        self.plan, self.store, self.sampler = plan, store, sampler
+        self.entries: dict[EpochKey, Entry] = {}
+
+    @property
+    def decided(self) -> dict[EpochKey, int]:
+        """Iteration whose beginning's scores decided each mask, by (component, epoch)."""
+        return {key: entry.iteration for key, entry in self.entries.items()}
+
+    def decide(self, iteration: int) -> None:
+        """Decide the masks that are due, but for those that a checkpoint had; collective."""
+        for due in self.plan.schedule.due(iteration, self.plan.config.mask_lag):
+            key = due.component, due.epoch
+            if key in self.sampler.masks:
+                continue
+            stand_in = self.store.stand_in(due.component)
+            mask = self.sampler.masks[key] = self.store.prune(*key)
+            self.entries[key] = Entry(iteration, stand_in)
+            name = self.plan.schedule.manifest.components[due.component].name
+            told = "scores before iteration %d: epoch %d of `%s` keeps %d of %d samples, drawn from iteration %d on"
+            LOGGER.info(told, iteration, due.epoch, name, mask.count, mask.samples, due.first_iteration)
+
+    def forget(self, iteration: int) -> None:
+        """Drop what ends before this iteration."""
+        self.sampler.forget(iteration)
+        self.entries = {key: entry for key, entry in self.entries.items() if key in self.sampler.masks}
+
+    @property
+    def rescales(self) -> bool:
+        """Whether losses of some open epoch have weights."""
+        return any(entry.stand_in is not None for entry in self.entries.values())
+
+    def weights(self, batch: MetaBatch, visits: UInt8, used: Float32) -> Float64 | None:
+        """What the losses of a meta-batch's samples are multiplied by, for those that were left out.
+
+        Scores are those the sample had when its epoch's mask was decided, but for samples that the `mask_lag`
+        iterations since then have changed. Debiased, an unseen sample counted as the mean itself, and so not as low.
+
+        Args:
+            batch: the meta-batch.
+            visits: uint8[B], how often each score has been updated.
+            used: float32[B], scores as they are used, before this iteration changes them.
+
+        Returns:
+            float64[B]; None where all are 1.
+        """
+        if not self.rescales:
+            return None
+        weight = np.ones(len(used))
+        judged = (visits > 0) | (self.plan.config.correction == "paper")
+        for (component, epoch), entry in self.entries.items():
+            if entry.stand_in is not None:
+                here = judged & (batch.component == component) & (batch.epoch == epoch)
+                weight[here & (used < entry.stand_in.threshold)] = entry.stand_in.factor
+        return weight
+
+    def rate(self, batch: MetaBatch) -> float:
+        """What the learning rate of this meta-batch is multiplied by: n / m of the epochs it draws from, on average."""
+        if not self.store.pruner.corrects_rate:
+            return 1.0
+        epochs = self.plan.schedule.epochs
+        first, after = epochs.first_pruned[batch.component], epochs.after_pruned[batch.component]
+        pruned = (batch.epoch >= first) & (batch.epoch < after)
+        return float(np.where(pruned, epochs.full[batch.component] / epochs.kept[batch.component], 1.0).mean())
+
+    def to_json(self) -> dict[str, list[list[float]]]:
+        """What a checkpoint keeps: `decided` and `rescaled`."""
+        rescaled = [[*key, *entry.stand_in] for key, entry in sorted(self.entries.items()) if entry.stand_in]
+        return {"decided": [[*key, when] for key, when in sorted(self.decided.items())], "rescaled": rescaled}
+
+    def load(
+        self,
+        masks: dict[EpochKey, KeptMask],
+        decided: Iterable[Sequence[int]],
+        rescaled: Iterable[Sequence[float]],
+    ) -> None:
+        """Go on where a checkpoint stood; collective."""
+        self.sampler.masks = masks
+        if self.plan.config.mask_folder is not None:
+            share = self.store.masks.share
+            self.sampler.masks = {key: share(mask.packed, mask.samples) for key, mask in sorted(masks.items())}
+        stand_ins = {(int(c), int(e)): StandIn(threshold, factor) for c, e, threshold, factor in rescaled}
+        self.entries = {(int(c), int(e)): Entry(int(when), stand_ins.get((int(c), int(e)))) for c, e, when in decided}

@@ -1,0 +1,1 @@
+"""Start a run on many hosts: `es-megatron launch`."""

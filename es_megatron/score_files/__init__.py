@@ -1,0 +1,1 @@
+"""Scores as files: `es-megatron scores`."""

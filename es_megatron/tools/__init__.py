@@ -1,1 +1,0 @@
-"""Commands: what a user runs, and what they need."""
