@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scale_prune import config, one_component
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
 
 EPOCHS = 10
@@ -35,7 +35,7 @@ def kept_frequency(samples: int, variant: str, seed: int = 0) -> dict[str, Any]:
         (mean true loss of the kept over that of all).
     """
     random = np.random.default_rng(seed)
-    store = ScoreStore(one_component(samples), config(seed=seed, **VARIANTS[variant]), Replica.alone())
+    store = ScoreStore(one_component(samples), config(seed=seed, **VARIANTS[variant]), RankGrid.alone())
     difficulty = random.lognormal(0, 0.25, samples)
     kept = np.zeros(samples, np.int64)
     selective: list[float] = []

@@ -12,7 +12,7 @@ from es_megatron.algorithm.pruning import kept_count
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import Lookup, ScoreStore
 from es_megatron.scores.threshold import sample_count
 
@@ -41,7 +41,7 @@ def fill(store: ScoreStore) -> None:
 
 def prune(samples: int) -> dict[str, Any]:
     """Decide the kept mask of one component on one rank."""
-    store = ScoreStore(one_component(samples), config(), Replica.alone())
+    store = ScoreStore(one_component(samples), config(), RankGrid.alone())
     fill(store)
     with measured() as cost:
         mask = store.prune(0, 1)
@@ -56,7 +56,7 @@ def prune(samples: int) -> dict[str, Any]:
 
 def argpartition(samples: int) -> dict[str, Any]:
     """The same kept set from all keys in memory and `numpy.argpartition`, held against the store's."""
-    store = ScoreStore(one_component(samples), config(), Replica.alone())
+    store = ScoreStore(one_component(samples), config(), RankGrid.alone())
     fill(store)
     count = kept_count(samples, RATIO)
     with measured() as cost:
@@ -76,7 +76,7 @@ def argpartition(samples: int) -> dict[str, Any]:
 
 def choice(samples: int) -> dict[str, Any]:
     """`Generator.choice(replace=False, p=...)`, which draws another set by the same law."""
-    store = ScoreStore(one_component(samples), config(), Replica.alone())
+    store = ScoreStore(one_component(samples), config(), RankGrid.alone())
     fill(store)
     with measured() as cost:
         weight = np.where(store.visits == 0, np.float32(store.start), store.score).astype(np.float64)
@@ -92,7 +92,7 @@ def choice(samples: int) -> dict[str, Any]:
     }
 
 
-class OneOfMany(Replica):
+class OneOfMany(RankGrid):
     """A data-parallel rank whose peers are taken to hold what it holds."""
 
     def sum_over_dp(self, array: Any) -> Any:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from benchmarks.scale_measure import measured, resident
 from benchmarks.scale_prune import config, fill, one_component
 from es_megatron.checkpoint import ScoreRange, load_es_state, save_es_state
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
 
 META_BATCH = 16_384
@@ -43,7 +43,7 @@ def on_ranks(ranks: int, body: Callable[..., Any], *arguments: Any) -> list[Any]
 
 def _rank(rank: int, ranks: int, folder: Path, body: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    told = body(Replica.data_parallel(), *arguments)
+    told = body(RankGrid.data_parallel(), *arguments)
     (folder / f"{rank}.json").write_text(json.dumps({**told, "rss": resident("VmHWM")}))
     dist.barrier()
     dist.destroy_process_group()
@@ -61,20 +61,20 @@ def evolve(samples: int, ranks: int) -> dict[str, Any]:
     }
 
 
-def _evolve(replica: Replica, samples: int) -> dict[str, Any]:
-    store = ScoreStore(one_component(samples), config(), replica)
+def _evolve(grid: RankGrid, samples: int) -> dict[str, Any]:
+    store = ScoreStore(one_component(samples), config(), grid)
     fill(store)
-    debiased = ScoreStore(one_component(samples), config(score_correction="debiased"), replica)
+    debiased = ScoreStore(one_component(samples), config(score_correction="debiased"), grid)
     debiased.score, debiased.visits = store.score, store.visits
     times: dict[str, list[float]] = {"step": [], "exchange": [], "losses_alone": [], "debiased_step": []}
     random = np.random.default_rng(0)
-    own = np.arange(META_BATCH) % replica.dp_size == replica.dp_rank
+    own = np.arange(META_BATCH) % grid.dp_size == grid.dp_rank
     component = np.zeros(META_BATCH, np.int64)
     for iteration in range(STEPS):
         ids = random.integers(0, samples, META_BATCH)
         loss = np.where(own, random.lognormal(0.5, 0.3, META_BATCH), 0).astype(np.float32)
         for name, each in (("step", store), ("debiased_step", debiased)):
-            replica.barrier()
+            grid.barrier()
             began = time.perf_counter()
             found, shared = each.exchange(ids, loss)
             exchanged = time.perf_counter()
@@ -83,9 +83,9 @@ def _evolve(replica: Replica, samples: int) -> dict[str, Any]:
             times[name].append(time.perf_counter() - began)
             if name == "step":
                 times["exchange"].append(exchanged - began)
-        replica.barrier()
+        grid.barrier()
         began = time.perf_counter()
-        replica.sum_over_dp(loss)
+        grid.sum_over_dp(loss)
         times["losses_alone"].append(time.perf_counter() - began)
     return {f"{name}_ms": 1e3 * statistics.median(found[5:]) for name, found in times.items()}
 
@@ -116,43 +116,43 @@ def checkpoint(samples: int, folder: str) -> dict[str, Any]:
     return result
 
 
-def _save(replica: Replica, samples: int, root: str) -> dict[str, Any]:
+def _save(grid: RankGrid, samples: int, root: str) -> dict[str, Any]:
     manifest = one_component(samples)
-    store = ScoreStore(manifest, config(), replica)
+    store = ScoreStore(manifest, config(), grid)
     fill(store)
     scores = ScoreRange(samples, store.low, store.score, store.visits)
     with measured() as cost:
-        report = save_es_state(Path(root) / "es_state", scores, {}, {}, manifest.to_json(), replica)
+        report = save_es_state(Path(root) / "es_state", scores, {}, {}, manifest.to_json(), grid)
     with measured() as snapshot:  # what training waits for when the rest is written in the background
         copies = store.score.copy(), store.visits.copy()
     told = {"bytes": report.bytes, "seconds": cost.seconds, "extra": cost.extra_bytes, "snapshot": snapshot.seconds}
-    replica.barrier()
+    grid.barrier()
     with measured() as plain:
         for name, array in zip(("score", "visits"), copies, strict=True):
-            with _numpy_file(root, replica, name).open("wb") as file:
+            with _numpy_file(root, grid, name).open("wb") as file:
                 np.save(file, array)
                 file.flush()
                 os.fsync(file.fileno())
-        replica.barrier()
+        grid.barrier()
     return {**told, "numpy": plain.seconds, "sum": _sum(*copies)}
 
 
-def _load(replica: Replica, samples: int, root: str) -> dict[str, Any]:
+def _load(grid: RankGrid, samples: int, root: str) -> dict[str, Any]:
     with measured() as cost:
-        state = load_es_state(Path(root) / "es_state", samples, replica)
+        state = load_es_state(Path(root) / "es_state", samples, grid)
     told = {"seconds": cost.seconds, "extra": cost.extra_bytes, "sum": _sum(state.score, state.visits)}
-    if replica.dp_size != 2:
+    if grid.dp_size != 2:
         return told
-    replica.barrier()
+    grid.barrier()
     with measured() as plain:
-        arrays = [np.load(_numpy_file(root, replica, name)) for name in ("score", "visits")]
-        replica.barrier()
+        arrays = [np.load(_numpy_file(root, grid, name)) for name in ("score", "visits")]
+        grid.barrier()
     assert _sum(*arrays) == told["sum"]
     return {**told, "numpy": plain.seconds}
 
 
-def _numpy_file(root: str, replica: Replica, name: str) -> Path:
-    return Path(root) / f"{name}-{replica.dp_rank}.npy"
+def _numpy_file(root: str, grid: RankGrid, name: str) -> Path:
+    return Path(root) / f"{name}-{grid.dp_rank}.npy"
 
 
 def _sum(score: Any, visits: Any) -> int:

@@ -65,7 +65,7 @@ class MegatronBench:
             for name, config in arms.items()
         }
         first = next(iter(self._arms.values()))
-        self._passes = Passes(self.settings, self.chunks, self._schedule, first.engine.replica, first.loss_source)
+        self._passes = Passes(self.settings, self.chunks, self._schedule, first.engine.grid, first.loss_source)
 
     def done(self, name: str) -> bool:
         """Whether an arm's planned run is over."""

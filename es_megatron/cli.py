@@ -28,24 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from es_megatron.score_files import command as scores
     from es_megatron.trainer import command as pretrain
 
-    for name, module in (
-        ("prepare", prepare),
-        ("pretrain", pretrain),
-        ("demo", demo),
-        ("compare", compare),
-        ("plan", plan),
-        ("report", report),
-        ("run", run),
-        ("launch", launch),
-        ("preflight", preflight),
-        ("patch", patch),
-        ("unpatch", undo),
-        ("doctor", doctor),
-        ("scores", scores),
+    for name, module, function in (
+        ("prepare", prepare, prepare.run_prepare),
+        ("pretrain", pretrain, pretrain.run_pretrain),
+        ("demo", demo, demo.run_demo),
+        ("compare", compare, compare.run_compare),
+        ("plan", plan, plan.run_plan),
+        ("report", report, report.run_report),
+        ("run", run, run.run_script),
+        ("launch", launch, launch.run_launch),
+        ("preflight", preflight, preflight.run_preflight),
+        ("patch", patch, patch.run_patch),
+        ("unpatch", undo, undo.run_unpatch),
+        ("doctor", doctor, doctor.run_doctor),
+        ("scores", scores, scores.run_scores),
     ):
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=function)
     parsed = parser.parse_args(arguments)
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")

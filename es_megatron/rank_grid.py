@@ -23,7 +23,7 @@ SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Replica:
+class RankGrid:
     """Where this process stands in the grid, and its collectives."""
 
     dp_rank: int
@@ -37,42 +37,44 @@ class Replica:
     _members: dict[str, list[int]] = field(default_factory=dict[str, list[int]], repr=False)
 
     @staticmethod
-    def alone() -> Replica:
+    def alone() -> RankGrid:
         """A run of one process; needs no process group."""
-        return Replica(0, 1, 0, 1, 0, 1)
+        return RankGrid(0, 1, 0, 1, 0, 1)
 
     @staticmethod
-    def of_grid(grid: Sequence[Sequence[int]]) -> Replica:
+    def of_grid(places: Sequence[Sequence[int]]) -> RankGrid:
         """Make the groups of a grid of ranks; collective over the world.
 
         Args:
-            grid: grid[d][m] is the world rank of data-parallel rank d and model-parallel rank m.
+            places: places[d][m] is the world rank of data-parallel rank d and model-parallel rank m.
 
         Returns:
             This process's place.
         """
-        if len(grid) * len(grid[0]) == 1:
-            return Replica.alone()
+        if len(places) * len(places[0]) == 1:
+            return RankGrid.alone()
         me = dist.get_rank()
-        members: dict[str, list[int]] = {"world": sorted(rank for row in grid for rank in row)}
+        members: dict[str, list[int]] = {"world": sorted(rank for row in places for rank in row)}
         groups: dict[str, Any] = {"world": dist.new_group(members["world"], backend="gloo")}
-        place = next((d, m) for d, row in enumerate(grid) for m, rank in enumerate(row) if rank == me)
-        for row in grid:
+        place = next((d, m) for d, row in enumerate(places) for m, rank in enumerate(row) if rank == me)
+        for row in places:
             group = dist.new_group(list(row), backend="gloo")
             if me in row:
                 groups["mp"], members["mp"] = group, list(row)
-        for column in zip(*grid, strict=True):
+        for column in zip(*places, strict=True):
             group = dist.new_group(list(column), backend="gloo")
             if me in column:
                 groups["dp"], members["dp"] = group, list(column)
-        return Replica(place[0], len(grid), place[1], len(grid[0]), me, len(grid) * len(grid[0]), groups, members)
+        return RankGrid(
+            place[0], len(places), place[1], len(places[0]), me, len(places) * len(places[0]), groups, members
+        )
 
     @staticmethod
-    def data_parallel() -> Replica:
+    def data_parallel() -> RankGrid:
         """Every process of the default group is a data-parallel rank of its own."""
         if not dist.is_initialized():
-            return Replica.alone()
-        return Replica.of_grid([[rank] for rank in range(dist.get_world_size())])
+            return RankGrid.alone()
+        return RankGrid.of_grid([[rank] for rank in range(dist.get_world_size())])
 
     def sum_over_dp(self, array: Array) -> Array:
         """Element-wise sum over data-parallel ranks, the same on each of them (adding zeros is exact)."""
@@ -119,11 +121,11 @@ class Replica:
         """The array of model-parallel rank `source`, on every rank that shares this data-parallel rank."""
         return self._broadcast(array, "mp", source) if self.mp_size > 1 else array
 
-    def tell(self, array: Array) -> Array:
+    def broadcast(self, array: Array) -> Array:
         """The array of world rank 0, on every rank; shape and dtype must be the same everywhere."""
         return self._broadcast(array, "world", 0) if self.world_size > 1 else array
 
-    def tell_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The (small, picklable) object of world rank 0, on every rank."""
         if self.world_size == 1:
             return value

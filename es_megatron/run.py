@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the script, and --es-...")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_script(arguments: argparse.Namespace) -> int:
     """Become `python -m es_megatron.run`; does not return.
 
     Under torchrun start that directly (`torchrun ... -m es_megatron.run SCRIPT.py ...`), or this with `--no-python`.

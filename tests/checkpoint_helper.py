@@ -14,7 +14,7 @@ import numpy as np
 
 from es_megatron.algorithm.ownership import owned_range
 from es_megatron.checkpoint import ScoreRange
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class _Meeting:
 
 @dataclass
 class ThreadReplica:
-    """The part of a Replica that checkpoints use, between threads."""
+    """The part of a RankGrid that checkpoints use, between threads."""
 
     dp_rank: int
     dp_size: int
@@ -63,20 +63,20 @@ class ThreadReplica:
         self.barrier()
         return gathered
 
-    def tell_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         return self.gather_objects(value)[0]
 
 
-def on_threads(dp_size: int, body: Callable[[Replica], T], mp_size: int = 1) -> list[T | Exception]:
+def on_threads(dp_size: int, body: Callable[[RankGrid], T], mp_size: int = 1) -> list[T | Exception]:
     """What `body` returned or raised on each rank, by world rank."""
     meeting = _Meeting(dp_size * mp_size)
     results: list[Any] = [None] * (dp_size * mp_size)
 
-    def run(replica: ThreadReplica) -> None:
+    def run(grid: ThreadReplica) -> None:
         try:
-            results[replica.world_rank] = body(cast("Replica", replica))
+            results[grid.world_rank] = body(cast("RankGrid", grid))
         except Exception as error:  # noqa: BLE001 - handed to the test
-            results[replica.world_rank] = error
+            results[grid.world_rank] = error
 
     places = [ThreadReplica(d, dp_size, m, mp_size, meeting) for d in range(dp_size) for m in range(mp_size)]
     threads = [threading.Thread(target=run, args=(place,)) for place in places]
@@ -93,10 +93,10 @@ def make_scores(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return generator.random(n, dtype=np.float32), generator.integers(0, 256, n, dtype=np.uint8)
 
 
-def own_scores(n: int, replica: Replica, seed: int = 0) -> ScoreRange:
+def own_scores(n: int, grid: RankGrid, seed: int = 0) -> ScoreRange:
     """The range of this rank."""
     score, visits = make_scores(n, seed)
-    low, high = owned_range(n, replica.dp_rank, replica.dp_size)
+    low, high = owned_range(n, grid.dp_rank, grid.dp_size)
     return ScoreRange(n, low, score[low:high], visits[low:high])
 
 

@@ -42,7 +42,7 @@ class Trace:
 def train(settings: PretrainSettings, stop_at: int | None = None) -> Trace:
     """Run the trainer on this rank to its end, or save and leave at an iteration as SIGTERM does."""
     trainer = Trainer(settings)
-    trace = Trace(place=(trainer.replica.dp_rank, trainer.replica.mp_rank))
+    trace = Trace(place=(trainer.grid.dp_rank, trainer.grid.mp_rank))
     iterate = trainer.backend.iterate
 
     def watched():

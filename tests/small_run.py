@@ -139,7 +139,7 @@ def train(settings: PretrainSettings, before_step: Hook = nothing, after: Hook =
         after: called when an iteration is finished, with its number.
     """
     trainer = Trainer(settings)
-    history = History(place=(trainer.replica.dp_rank, trainer.replica.mp_rank))
+    history = History(place=(trainer.grid.dp_rank, trainer.grid.mp_rank))
     watch(trainer, history, before_step, after)
     history.summary = trainer.run()
     store = trainer.engine.store

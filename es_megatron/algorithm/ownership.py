@@ -41,18 +41,3 @@ def owned_range(n: int, rank: int, size: int) -> tuple[int, int]:
     bounds = shard_bounds(n)
     low, high = owned_shards(len(bounds) - 1, rank, size)
     return int(bounds[low]), int(bounds[high])
-
-
-def owner_of(ids: Int64, n: int, size: int) -> Int64:
-    """Owning data-parallel rank of each id.
-
-    Args:
-        ids: int64[...], each in [0, n).
-        n: samples of the whole blend.
-        size: data-parallel size.
-
-    Returns:
-        int64[...] of ranks.
-    """
-    edges = np.asarray([owned_range(n, rank, size)[1] for rank in range(size)], dtype=np.int64)
-    return np.searchsorted(edges, ids, side="right").astype(np.int64)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--table", action="store_true", help="run nothing: show what the finished runs say")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_compare(arguments: argparse.Namespace) -> int:
     """Run what is not finished yet and print the table of each spec; returns 1 if a run has failed."""
     failed = False
     for path in arguments.specs:

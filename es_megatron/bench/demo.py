@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_demo(arguments: argparse.Namespace) -> int:
     """Prepare what is not there yet, train the three arms anew, print the table; returns 0."""
     directory: Path = arguments.directory
     began = time.perf_counter()

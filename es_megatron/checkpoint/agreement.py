@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from es_megatron.errors import CheckpointError, EsError
 
 if TYPE_CHECKING:
-    from es_megatron.rank_grid import Replica
+    from es_megatron.rank_grid import RankGrid
 
 _SHOWN_RANKS = 3
 _CURES = {
@@ -28,14 +28,14 @@ _CURES = {
 
 @contextmanager
 def agreed(
-    replica: Replica, task: str, undo: Callable[[], None] | None = None, *, kind: type[EsError] = CheckpointError
+    grid: RankGrid, task: str, undo: Callable[[], None] | None = None, *, kind: type[EsError] = CheckpointError
 ) -> Generator[None]:
     """Do the body on every rank; return on every rank or raise on every rank.
 
     The ranks meet once at the end. Exceptions that end a process (a signal's) pass through.
 
     Args:
-        replica: the ranks that do it.
+        grid: the ranks that do it.
         task: what the body does, for the message: "write the scores".
         undo: called on world rank 0 after a failure, when no rank is in the body any more.
         kind: what a failure is.
@@ -48,24 +48,24 @@ def agreed(
         yield
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         cause = error
-    problems: list[str | None] = replica.gather_objects(None if cause is None else describe(cause))
+    problems: list[str | None] = grid.gather_objects(None if cause is None else describe(cause))
     failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None]
     if not failed:
         return
     if undo is not None:
-        _undo(replica, undo)
+        _undo(grid, undo)
     more = f" ({len(failed) - _SHOWN_RANKS} more ranks failed)" if len(failed) > _SHOWN_RANKS else ""
-    said = failed[0].partition(": ")[2] if replica.world_size == 1 else "; ".join(failed[:_SHOWN_RANKS])
+    said = failed[0].partition(": ")[2] if grid.world_size == 1 else "; ".join(failed[:_SHOWN_RANKS])
     raise kind(f"Could not {task}: {said}{more}") from cause
 
 
-def compute_on_first(replica: Replica, task: str, compute: Callable[[], Any]) -> Any:
+def compute_on_first(grid: RankGrid, task: str, compute: Callable[[], Any]) -> Any:
     """What `compute` returns on world rank 0 (a small object), on every rank; raises on every rank if it fails."""
     value: Any = None
-    with agreed(replica, task):
-        if replica.world_rank == 0:
+    with agreed(grid, task):
+        if grid.world_rank == 0:
             value = compute()
-    return replica.tell_object(value)
+    return grid.broadcast_object(value)
 
 
 def describe(error: Exception) -> str:
@@ -79,12 +79,12 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _undo(replica: Replica, undo: Callable[[], None]) -> None:
+def _undo(grid: RankGrid, undo: Callable[[], None]) -> None:
     try:
-        if replica.world_rank == 0:
+        if grid.world_rank == 0:
             undo()
     except OSError:
         # What is left over carries a temporary name; the next save removes it. The first failure is the one to tell.
         pass
     finally:
-        replica.barrier()
+        grid.barrier()

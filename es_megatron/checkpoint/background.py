@@ -16,24 +16,22 @@ from es_megatron.checkpoint.es_state import EsStateWriter, SaveReport
 from es_megatron.checkpoint.rotation import CheckpointDirectory, Checksums
 
 if TYPE_CHECKING:
-    from es_megatron.rank_grid import Replica
+    from es_megatron.rank_grid import RankGrid
 
 
 class BackgroundSave:
     """The rest of a checkpoint, begun with `CheckpointDirectory.begin`, whose other files are written."""
 
-    def __init__(
-        self, checkpoints: CheckpointDirectory, iteration: int, writer: EsStateWriter, replica: Replica
-    ) -> None:
+    def __init__(self, checkpoints: CheckpointDirectory, iteration: int, writer: EsStateWriter, grid: RankGrid) -> None:
         """Start to write; collective.
 
         Args:
             checkpoints: where it stands.
             iteration: its iteration.
             writer: of its scores, which nobody changes meanwhile.
-            replica: the ranks.
+            grid: the ranks.
         """
-        self._checkpoints, self.iteration, self._writer, self._replica = checkpoints, iteration, writer, replica
+        self._checkpoints, self.iteration, self._writer, self._grid = checkpoints, iteration, writer, grid
         self.report: SaveReport | None = None
         """What the scores took, once they are written."""
         self._checksums: Checksums = {}
@@ -52,8 +50,8 @@ class BackgroundSave:
         Raises:
             CheckpointError: on every rank, if writing failed on any; older checkpoints are untouched.
         """
-        while wait or not any(self._replica.gather_objects(self._work.running)):
-            with agreed(self._replica, f"save iteration {self.iteration}", self._drop):
+        while wait or not any(self._grid.gather_objects(self._work.running)):
+            with agreed(self._grid, f"save iteration {self.iteration}", self._drop):
                 self._work.join()
             if self.report is not None:
                 return self._checkpoints.finish(self.iteration, self._checksums)

@@ -30,7 +30,7 @@ from es_megatron.checkpoint.tensor_file import FileRecord, TensorFile, write_ten
 from es_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from es_megatron.rank_grid import Replica
+    from es_megatron.rank_grid import RankGrid
 
 FORMAT = "es_state"
 VERSION = 1
@@ -104,7 +104,7 @@ def save_es_state(
     masks: Mapping[MaskKey, Buffer],
     state: Mapping[str, Any],
     manifest: Mapping[str, Any],
-    replica: Replica,
+    grid: RankGrid,
 ) -> SaveReport:
     """Write the ES state of all ranks; collective over the world.
 
@@ -117,12 +117,12 @@ def save_es_state(
         masks: packed kept bits by (component, epoch); those of world rank 0 are written.
         state: JSON-able, with string keys; that of world rank 0 is written.
         manifest: data manifest, as `Manifest.to_json` gives it.
-        replica: the ranks.
+        grid: the ranks.
 
     Raises:
         CheckpointError: on every rank, if any failed; an older folder is untouched and temporary files are removed.
     """
-    return EsStateWriter(directory, scores, masks, state, manifest, replica).save()
+    return EsStateWriter(directory, scores, masks, state, manifest, grid).save()
 
 
 class EsStateWriter:
@@ -139,20 +139,20 @@ class EsStateWriter:
         masks: Mapping[MaskKey, Buffer],
         state: Mapping[str, Any],
         manifest: Mapping[str, Any],
-        replica: Replica,
+        grid: RankGrid,
     ) -> None:
         """Take what is to be written; arguments as for `save_es_state`."""
         self.final = Path(directory)
         self._partial = disk.sibling(self.final, disk.PARTIAL)
         self._scores, self._masks, self._state = scores, masks, state
-        self._manifest, self._replica = manifest, replica
+        self._manifest, self._grid = manifest, grid
         self._records: list[FileRecord] = []
         self._started = time.perf_counter()
 
     def save(self) -> SaveReport:
         """All steps at once; collective."""
         self.prepare()
-        with agreed(self._replica, f"save {self.final}", self.undo):
+        with agreed(self._grid, f"save {self.final}", self.undo):
             self.write()
         return self.finish()
 
@@ -162,27 +162,27 @@ class EsStateWriter:
 
     def prepare(self) -> None:
         """Make the folder to write to."""
-        with agreed(self._replica, f"prepare {self._partial}", self.undo):
-            check_range(self._scores, self._replica)
-            if self._replica.world_rank == 0:
+        with agreed(self._grid, f"prepare {self._partial}", self.undo):
+            check_range(self._scores, self._grid)
+            if self._grid.world_rank == 0:
                 disk.restore(self.final)
                 disk.remove_tree(self._partial)
                 disk.make_folder(self._partial)
 
     def write(self) -> None:
         """Write this rank's files."""
-        self._records = _write_scores(self._partial, self._scores, self._replica)
-        if self._replica.world_rank == 0:
+        self._records = _write_scores(self._partial, self._scores, self._grid)
+        if self._grid.world_rank == 0:
             self._records += _write_shared(self._partial, self._masks, self._state)
 
     def finish(self) -> SaveReport:
         """Write the manifest and give the folder its name, once every rank has written."""
-        everything = [record for part in self._replica.gather_objects(self._records) for record in part]
+        everything = [record for part in self._grid.gather_objects(self._records) for record in part]
         total = 0
-        with agreed(self._replica, f"finish {self.final}", self.undo):
+        with agreed(self._grid, f"finish {self.final}", self.undo):
             total = sum(record.bytes for record in everything)
-            if self._replica.world_rank == 0:
-                document = _describe(self._scores.n, everything, self._manifest, self._replica)
+            if self._grid.world_rank == 0:
+                document = _describe(self._scores.n, everything, self._manifest, self._grid)
                 disk.write_file(self._partial / MANIFEST, [sealed.seal(document)])
                 disk.sync_folder(self._partial)
                 disk.move_into_place(self._partial, self.final)
@@ -190,7 +190,7 @@ class EsStateWriter:
 
 
 def load_es_state(
-    directory: str | Path, n: int, replica: Replica, data_manifest: Mapping[str, Any] | None = None
+    directory: str | Path, n: int, grid: RankGrid, data_manifest: Mapping[str, Any] | None = None
 ) -> EsState:
     """Read this rank's part of an ES state saved by any number of ranks; collective over the world.
 
@@ -199,32 +199,32 @@ def load_es_state(
     Args:
         directory: folder that `save_es_state` made.
         n: samples of the whole blend.
-        replica: the ranks that load, of any layout.
+        grid: the ranks that load, of any layout.
         data_manifest: of this run; if given, a checkpoint of other data is refused.
 
     Raises:
         CheckpointError: on every rank, if on any rank something is missing, damaged, or of another blend.
     """
     final = Path(directory)
-    with agreed(replica, f"load {final}"):
-        if replica.world_rank == 0 and disk.restore(final):
+    with agreed(grid, f"load {final}"):
+        if grid.world_rank == 0 and disk.restore(final):
             _log.warning("%s had been moved aside by an interrupted save; it is back.", final)
     loaded: list[EsState] = []
-    with agreed(replica, f"load {final}"):
-        loaded.append(_read(final, n, replica, data_manifest))
+    with agreed(grid, f"load {final}"):
+        loaded.append(_read(final, n, grid, data_manifest))
     return loaded[0]
 
 
-def check_range(scores: ScoreRange, replica: Replica) -> None:
+def check_range(scores: ScoreRange, grid: RankGrid) -> None:
     """Refuse arrays that are not the range this rank owns.
 
     Raises:
         CheckpointError: naming both ranges, or the type that is wrong.
     """
-    low, high = owned_range(scores.n, replica.dp_rank, replica.dp_size)
+    low, high = owned_range(scores.n, grid.dp_rank, grid.dp_size)
     if (scores.low, scores.high) != (low, high) or len(scores.visits) != len(scores.score):
         raise CheckpointError(
-            f"Scores must cover the ids [{low}, {high}) of data-parallel rank {replica.dp_rank} of {replica.dp_size}, "
+            f"Scores must cover the ids [{low}, {high}) of data-parallel rank {grid.dp_rank} of {grid.dp_size}, "
             f"but there are {len(scores.score)} scores and {len(scores.visits)} visits from id {scores.low} instead."
         )
     for name, array, dtype in (("score", scores.score, np.float32), ("visits", scores.visits, np.uint8)):
@@ -235,17 +235,17 @@ def check_range(scores: ScoreRange, replica: Replica) -> None:
             )
 
 
-def _write_scores(folder: Path, scores: ScoreRange, replica: Replica) -> list[FileRecord]:
+def _write_scores(folder: Path, scores: ScoreRange, grid: RankGrid) -> list[FileRecord]:
     bounds = shard_bounds(scores.n)
-    first, end = owned_shards(len(bounds) - 1, replica.dp_rank, replica.dp_size)
-    if replica.mp_rank != 0 or first == end:
+    first, end = owned_shards(len(bounds) - 1, grid.dp_rank, grid.dp_size)
+    if grid.mp_rank != 0 or first == end:
         return []
     tensors: dict[str, npt.NDArray[Any]] = {}
     for shard in range(first, end):
         piece = slice(int(bounds[shard]) - scores.low, int(bounds[shard + 1]) - scores.low)
         tensors[f"score.{shard:05d}"] = scores.score[piece]
         tensors[f"visits.{shard:05d}"] = scores.visits[piece]
-    return [write_tensors(folder / f"scores-{replica.dp_rank:05d}-of-{replica.dp_size:05d}.safetensors", tensors)]
+    return [write_tensors(folder / f"scores-{grid.dp_rank:05d}-of-{grid.dp_size:05d}.safetensors", tensors)]
 
 
 def _write_shared(folder: Path, masks: Mapping[MaskKey, Buffer], state: Mapping[str, Any]) -> list[FileRecord]:
@@ -255,7 +255,7 @@ def _write_shared(folder: Path, masks: Mapping[MaskKey, Buffer], state: Mapping[
     return [write_tensors(folder / MASKS, tensors), FileRecord(STATE, size, sealed.format_crc(crc), {})]
 
 
-def _describe(n: int, records: list[FileRecord], manifest: Mapping[str, Any], replica: Replica) -> dict[str, Any]:
+def _describe(n: int, records: list[FileRecord], manifest: Mapping[str, Any], grid: RankGrid) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -264,11 +264,11 @@ def _describe(n: int, records: list[FileRecord], manifest: Mapping[str, Any], re
         "files": {record.name: {"bytes": record.bytes, "crc32": record.crc32} for record in records},
         "tensors": {name: entry for record in records for name, entry in record.tensors.items()},
         "data_manifest": manifest,
-        "created_by": {"dp_size": replica.dp_size, "mp_size": replica.mp_size, "world_size": replica.world_size},
+        "created_by": {"dp_size": grid.dp_size, "mp_size": grid.mp_size, "world_size": grid.world_size},
     }
 
 
-def _read(folder: Path, n: int, replica: Replica, data_manifest: Mapping[str, Any] | None) -> EsState:
+def _read(folder: Path, n: int, grid: RankGrid, data_manifest: Mapping[str, Any] | None) -> EsState:
     document = read_manifest(folder)
     if data_manifest is not None:
         check_manifest(document["data_manifest"], data_manifest)
@@ -277,7 +277,7 @@ def _read(folder: Path, n: int, replica: Replica, data_manifest: Mapping[str, An
             f"{folder} must hold scores of {n} samples, but holds {document['samples']} instead. "
             "Go on with the blend file the checkpoint was made with."
         )
-    low, high = owned_range(n, replica.dp_rank, replica.dp_size)
+    low, high = owned_range(n, grid.dp_rank, grid.dp_size)
     score, visits = np.empty(high - low, np.float32), np.empty(high - low, np.uint8)
     reader = Reader(folder, document)
     try:

@@ -19,7 +19,7 @@ from es_megatron.checkpoint.agreement import agreed, compute_on_first
 from es_megatron.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from es_megatron.rank_grid import Replica
+    from es_megatron.rank_grid import RankGrid
 
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
@@ -35,19 +35,19 @@ _log = logging.getLogger(__name__)
 class CheckpointDirectory:
     """Where the checkpoints of one run live. Methods are collective over the world and answer the same everywhere."""
 
-    def __init__(self, root: str | Path, keep: int, replica: Replica) -> None:
+    def __init__(self, root: str | Path, keep: int, grid: RankGrid) -> None:
         """Nothing is read or written yet.
 
         Args:
             root: folder of the checkpoints, on a file system that all ranks share.
             keep: complete checkpoints to keep, at least 1; while saving there is room for one more.
-            replica: the ranks.
+            grid: the ranks.
         """
         if keep < 1:
             raise ConfigError(f"`keep` must be at least 1, but is {keep} instead. Set it to the checkpoints to keep.")
         self.root = Path(root)
         self.keep = keep
-        self._replica = replica
+        self._grid = grid
         self._damaged: set[str] = set()
 
     def path(self, iteration: int) -> Path:
@@ -65,15 +65,15 @@ class CheckpointDirectory:
             CheckpointError: on every rank, if the body or the commit failed on any; older checkpoints are untouched.
         """
         partial = self.begin(iteration)
-        with agreed(self._replica, f"save {self.path(iteration)}", lambda: disk.remove_tree(partial)):
+        with agreed(self._grid, f"save {self.path(iteration)}", lambda: disk.remove_tree(partial)):
             yield partial
         self.commit(iteration)
 
     def begin(self, iteration: int) -> Path:
         """Make the folder to write the checkpoint of an iteration to, and clear what interrupted saves left over."""
         partial = disk.sibling(self.path(iteration), disk.PARTIAL)
-        with agreed(self._replica, f"prepare {partial}", lambda: disk.remove_tree(partial)):
-            if self._replica.world_rank == 0:
+        with agreed(self._grid, f"prepare {partial}", lambda: disk.remove_tree(partial)):
+            if self._grid.world_rank == 0:
                 disk.make_folder(self.root)
                 self._recover()
                 for path in self.root.iterdir():
@@ -84,8 +84,8 @@ class CheckpointDirectory:
 
     def abort(self, iteration: int) -> None:
         """Drop what has been written since `begin`."""
-        with agreed(self._replica, f"remove the beginning of {self.path(iteration)}"):
-            if self._replica.world_rank == 0:
+        with agreed(self._grid, f"remove the beginning of {self.path(iteration)}"):
+            if self._grid.world_rank == 0:
                 self.drop(iteration)
 
     def drop(self, iteration: int) -> None:
@@ -102,9 +102,9 @@ class CheckpointDirectory:
             CheckpointError: on every rank, if it failed on any; older checkpoints are untouched.
         """
         partial = disk.sibling(self.path(iteration), disk.PARTIAL)
-        self._replica.barrier()
+        self._grid.barrier()
         parts: Checksums = {}
-        with agreed(self._replica, f"checksum {partial}", lambda: disk.remove_tree(partial)):
+        with agreed(self._grid, f"checksum {partial}", lambda: disk.remove_tree(partial)):
             parts = self.checksum(iteration)
         return self.finish(iteration, parts)
 
@@ -114,7 +114,7 @@ class CheckpointDirectory:
         Not collective: it may run in a thread of its own.
         """
         partial = disk.sibling(self.path(iteration), disk.PARTIAL)
-        mine = _share(disk.list_files(partial), self._replica)
+        mine = _share(disk.list_files(partial), self._grid)
         return {name: _record(partial / name) for name in mine}
 
     def finish(self, iteration: int, parts: Checksums) -> Path:
@@ -125,9 +125,9 @@ class CheckpointDirectory:
         def undo() -> None:
             disk.remove_tree(partial)
 
-        gathered = self._replica.gather_objects(parts)
-        with agreed(self._replica, f"finish {final}", undo):
-            if self._replica.world_rank == 0:
+        gathered = self._grid.gather_objects(parts)
+        with agreed(self._grid, f"finish {final}", undo):
+            if self._grid.world_rank == 0:
                 files = {name: record for part in gathered for name, record in part.items()}
                 _complete(partial, files)
                 document = {"iteration": iteration, "files": dict(sorted(files.items()))}
@@ -136,9 +136,9 @@ class CheckpointDirectory:
                 disk.move_into_place(partial, final)
                 disk.replace_file(self.root / LATEST, final.name.encode() + b"\n")
         self._damaged.discard(final.name)
-        if self._replica.world_rank == 0:
+        if self._grid.world_rank == 0:
             self._remove_oldest(iteration)
-        self._replica.barrier()
+        self._grid.barrier()
         return final
 
     def find(self) -> Path | None:
@@ -152,9 +152,7 @@ class CheckpointDirectory:
         Raises:
             CheckpointError: on every rank, if there are checkpoints and none of them can be used.
         """
-        names: list[str] = compute_on_first(
-            self._replica, f"list the checkpoints in {self.root}", self._list_candidates
-        )
+        names: list[str] = compute_on_first(self._grid, f"list the checkpoints in {self.root}", self._list_candidates)
         damages: list[str] = []
         for name in names:
             damage = self._verify(name)
@@ -162,7 +160,7 @@ class CheckpointDirectory:
                 return self.root / name
             self._damaged.add(name)
             damages.append(damage)
-            if self._replica.world_rank == 0:
+            if self._grid.world_rank == 0:
                 _log.warning(
                     "Checkpoint %s cannot be used: %s Falling back to the one before.", self.root / name, damage
                 )
@@ -217,7 +215,7 @@ class CheckpointDirectory:
 
     def _verify(self, name: str) -> str | None:
         """What is wrong with a checkpoint, or None; the same on every rank."""
-        damages: list[str | None] = self._replica.gather_objects(self._verify_share(self.root / name))
+        damages: list[str | None] = self._grid.gather_objects(self._verify_share(self.root / name))
         return next((damage for damage in damages if damage is not None), None)
 
     def _verify_share(self, folder: Path) -> str | None:
@@ -226,7 +224,7 @@ class CheckpointDirectory:
         except CheckpointError as error:
             return str(error)
         sizes = {name: int(record[0]) for name, record in files.items()}
-        for name in _share(sizes, self._replica):
+        for name in _share(sizes, self._grid):
             path = folder / name
             try:
                 size, crc = disk.checksum_file(path)
@@ -262,10 +260,10 @@ def _record(path: Path) -> list[int | str]:
     return [size, sealed.format_crc(crc)]
 
 
-def _share(sizes: Mapping[str, int], replica: Replica) -> list[str]:
+def _share(sizes: Mapping[str, int], grid: RankGrid) -> list[str]:
     """The files this rank reads: largest first in turns, so that every rank reads about as much."""
     ordered = sorted(sizes, key=lambda name: (-sizes[name], name))
-    return ordered[replica.world_rank :: replica.world_size]
+    return ordered[grid.world_rank :: grid.world_size]
 
 
 def _complete(folder: Path, files: dict[str, list[int | str]]) -> None:

@@ -26,16 +26,16 @@ from es_megatron.checkpoint.transfer import (
 )
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.schedule import Origin
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore, allocate
 
 LOGGER = logging.getLogger(__name__)
 
-Begin = Callable[[ScoreStore], Origin]
+WarmStart = Callable[[ScoreStore], Origin]
 """Says where the data order of a run begins, and loads the scores it begins with into the store, if any; collective."""
 
 
-def begin_with_scores(store: ScoreStore) -> Origin:
+def start_with_scores(store: ScoreStore) -> Origin:
     """Load the `initial_scores` of a run's settings, if there are any; collective.
 
     Returns:
@@ -47,7 +47,7 @@ def begin_with_scores(store: ScoreStore) -> Origin:
     given = store.config.initial_scores
     if given is None:
         return Origin()
-    with agreed(store.replica, f"begin with the scores of {given}"):
+    with agreed(store.grid, f"begin with the scores of {given}"):
         folder = find_scores(Path(given))
         transfer = plan_transfer(saved_blend(folder), store.manifest)
     scored = load_moved(store, folder, transfer)
@@ -64,7 +64,7 @@ def load_moved(store: ScoreStore, folder: Path, transfer: Transfer) -> tuple[str
     size = store.high - store.low
     score = allocate(size, np.float32, store.config.score_folder)
     visits = allocate(size, np.uint8, store.config.score_folder)
-    with agreed(store.replica, f"load the scores of {folder}"):
+    with agreed(store.grid, f"load the scores of {folder}"):
         read_moved(folder, transfer, store.low, score, visits)
     store.load(score, visits)
     share = store.seen() / store.manifest.sizes
@@ -86,7 +86,7 @@ class Resumption:
     transfer: Transfer | None
     """What a changed blend keeps; None if it has not changed."""
 
-    def begin(self, store: ScoreStore) -> Origin:
+    def start(self, store: ScoreStore) -> Origin:
         """Beginning of the data order; the scores that a changed blend keeps are loaded, else nothing is."""
         if self.transfer is None:
             return self.origin
@@ -100,14 +100,14 @@ class Resumption:
 
 
 def read_resumption(
-    folder: Path, manifest: Manifest, replica: Replica, *, keep_scores: bool, appended: AppendedCheck = never_appended
+    folder: Path, manifest: Manifest, grid: RankGrid, *, keep_scores: bool, appended: AppendedCheck = never_appended
 ) -> Resumption:
     """Tell from a checkpoint how a run goes on; collective.
 
     Args:
         folder: its `es_state` folder.
         manifest: the blend of this run.
-        replica: the ranks.
+        grid: the ranks.
         keep_scores: whether a changed blend may keep the scores of what did not change.
         appended: tells whether a component has grown at its end.
 
@@ -115,7 +115,7 @@ def read_resumption(
         CheckpointError: on every rank, if the blend has changed and must not, or a file has changed under its name.
     """
     found: list[Resumption] = []
-    with agreed(replica, f"read {folder}"):
+    with agreed(grid, f"read {folder}"):
         document = read_manifest(folder)
         state = read_state(folder, document)
         engine = state["engine"]

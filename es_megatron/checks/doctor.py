@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--megatron-deepspeed", type=Path, metavar="DIR", help="the same of Megatron-DeepSpeed")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_doctor(arguments: argparse.Namespace) -> int:
     """Report; returns 1 if something would keep a run from working."""
     blend, data = check_data(arguments.blend, arguments.seq_length)
     checkouts = {"megatron-lm": arguments.megatron_lm, "megatron-deepspeed": arguments.megatron_deepspeed}

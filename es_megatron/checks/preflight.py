@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_preflight(arguments: argparse.Namespace) -> int:
     """Check this node and, with the others, the whole run; returns 0 if it may start."""
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return 0

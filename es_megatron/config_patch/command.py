@@ -47,7 +47,7 @@ def add_hints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=sorted(KINDS), help="what CONFIG is, if its name does not tell")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_patch(arguments: argparse.Namespace) -> int:
     """Report, and write unless something is refused; returns 1 if it is."""
     source = read(arguments.config, hints_of(arguments))
     switches = flags.read_switches(arguments)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=sorted(KINDS), help="what CONFIG is, if its name does not tell")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_unpatch(arguments: argparse.Namespace) -> int:
     """Restore the file; returns 0."""
     text = read_text(arguments.config)
     try:

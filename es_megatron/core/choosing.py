@@ -16,7 +16,7 @@ from es_megatron.algorithm.randomness import Purpose, uniforms
 from es_megatron.algorithm.selection import Race, best, best_groups, inclusion_weights, race, race_groups
 from es_megatron.core.plan import Plan
 from es_megatron.errors import ConfigError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -50,19 +50,19 @@ class Choice(NamedTuple):
 class Chooser:
     """Chooses b of B sequences, iteration by iteration; what it remembers is staged until `commit`."""
 
-    def __init__(self, plan: Plan, replica: Replica, micro_batch: int) -> None:
+    def __init__(self, plan: Plan, grid: RankGrid, micro_batch: int) -> None:
         """Make the policy of the settings.
 
         Args:
             plan: of the run.
-            replica: the ranks; world rank 0's choice counts, since logarithms differ between processor types.
+            grid: the ranks; world rank 0's choice counts, since logarithms differ between processor types.
             micro_batch: sequences of a group, for `granularity: microbatch`.
 
         Raises:
             ConfigError: no such policy or option, or settings that do not go with it.
         """
         config = plan.config
-        self.plan, self.replica, self.micro_batch = plan, replica, micro_batch
+        self.plan, self.grid, self.micro_batch = plan, grid, micro_batch
         self.config = config
         self.policy = POLICIES.make(config.policy, config.policy_options)
         if self.policy.needs_norm and config.scores and config.scorer in ("history", "external", "every-k"):
@@ -172,10 +172,10 @@ class Chooser:
             for low in range(0, len(weight), size)
         ]
         positions = np.concatenate([part.chosen + number * size for number, part in enumerate(taken)])
-        positions = self.replica.tell(positions)
+        positions = self.grid.broadcast(positions)
         if not self.config.inclusion_weights:
             return Choice(positions, None)
-        runner_up = self.replica.tell(np.asarray([part.runner_up for part in taken]))
+        runner_up = self.grid.broadcast(np.asarray([part.runner_up for part in taken]))
         weights = [
             inclusion_weights(
                 weight[number * size : (number + 1) * size], Race(chosen - number * size, float(tau)), count // parts
@@ -197,7 +197,7 @@ class Chooser:
             return
         guard = self._next["guard"]
         gain = smooth(guard["gain"], guard["iterations"], equivalent_batch(weight), self.config.guard_window)
-        gain = float(self.replica.tell(np.asarray([gain]))[0])
+        gain = float(self.grid.broadcast(np.asarray([gain]))[0])
         guard["gain"], guard["iterations"] = gain, guard["iterations"] + 1
         if guard["iterations"] >= self.config.guard_window and gain <= self.plan.break_even_gain:
             guard["fell"] = True

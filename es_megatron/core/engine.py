@@ -20,7 +20,7 @@ import numpy.typing as npt
 from es_megatron.algorithm.selection import assign, owners, positions_of
 from es_megatron.checkpoint.compatibility import check_terms
 from es_megatron.checkpoint.es_state import EsStateWriter, SaveReport, ScoreRange, load_es_state
-from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.choosing import Choice, Chooser, Known
 from es_megatron.core.open_epochs import OpenEpochs
@@ -30,7 +30,7 @@ from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
 from es_megatron.errors import CheckpointError, LossError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.copies import check_copies
 from es_megatron.scores.store import ScoreStore
 
@@ -42,7 +42,7 @@ LOGGER = logging.getLogger(__name__)
 
 NAMED_BAD_ROWS = 8
 
-REPLICA_CHECK_INTERVAL = 1000
+COPY_CHECK_INTERVAL = 1000
 """Iterations between comparisons of the copies of the scores, which read all of them."""
 
 
@@ -53,48 +53,48 @@ class EvolvedSampling:
         self,
         config: EvolvedSamplingConfig,
         manifest: Manifest,
-        replica: Replica,
+        grid: RankGrid,
         *,
         meta_batch: int,
         micro_batch: int,
         train_samples: int,
         micro_batch_multiple: int = 1,
-        begin: Begin = begin_with_scores,
+        warm_start: WarmStart = start_with_scores,
     ) -> None:
         """Plan the run and start at its first iteration; collective.
 
         Args:
             config: settings.
             manifest: the blend.
-            replica: this rank's place.
+            grid: this rank's place.
             meta_batch: sequences drawn per iteration, B (Megatron's global batch size).
             micro_batch: sequences in a training micro-batch of one rank.
             train_samples: draws of the plain run.
             micro_batch_multiple: what the micro-batches of a rank must be a multiple of (the pipeline size where stages
                 are interleaved).
-            begin: says where the data order begins, and loads scores to begin with: the settings' `initial_scores` at
+            warm_start: says where the data order begins, and loads scores to begin with: `initial_scores` at
                 iteration 0, or what a checkpoint says.
 
         Raises:
             ConfigError: sizes that do not divide, a run too long.
             CheckpointError: initial scores that are damaged or of other data.
         """
-        self.config, self.manifest, self.replica = config, manifest, replica
+        self.config, self.manifest, self.grid = config, manifest, grid
         self.meta_batch, self.micro_batch = meta_batch, micro_batch
-        quantum = math.lcm(micro_batch * replica.dp_size * micro_batch_multiple, config.selection_parts)
-        self.store = ScoreStore(manifest, config, replica)
-        origin = begin(self.store)
+        quantum = math.lcm(micro_batch * grid.dp_size * micro_batch_multiple, config.selection_parts)
+        self.store = ScoreStore(manifest, config, grid)
+        origin = warm_start(self.store)
         self.plan: Plan = plan_run(config, manifest, meta_batch, quantum, train_samples, origin)
-        self.chooser = Chooser(self.plan, replica, micro_batch)
+        self.chooser = Chooser(self.plan, grid, micro_batch)
         self.sampler = Sampler(self.plan.schedule, config.seed)
-        self.own: Int64 = positions_of(replica.dp_rank, replica.dp_size, meta_batch, micro_batch)
+        self.own: Int64 = positions_of(grid.dp_rank, grid.dp_size, meta_batch, micro_batch)
         """Positions of the meta-batch that this rank loads."""
         self.iteration = origin.iteration
         self.epochs = OpenEpochs(self.plan, self.store, self.sampler)
         self.rate_factor = 1.0
         """What the learning rate of this iteration is multiplied by; 1 but for pruners that correct it."""
         self.last: StepRecord | None = None
-        self._owners = owners(replica.dp_size, meta_batch, micro_batch)
+        self._owners = owners(grid.dp_size, meta_batch, micro_batch)
         self._seconds: dict[str, float] = {}
 
     @property
@@ -112,7 +112,7 @@ class EvolvedSampling:
         """Whether the planned run is over."""
         return self.iteration >= self.plan.schedule.iterations
 
-    def begin(self) -> MetaBatch:
+    def draw(self) -> MetaBatch:
         """Decide the kept masks that are due, and draw this iteration's meta-batch."""
         self._seconds = {}
         with self._timed("order"):
@@ -127,7 +127,7 @@ class EvolvedSampling:
         May be called again for the same iteration (upstream's re-run machinery does): the last call counts.
 
         Args:
-            batch: `begin`'s meta-batch.
+            batch: the meta-batch of `draw`.
             framework: does the passes.
 
         Returns:
@@ -152,16 +152,16 @@ class EvolvedSampling:
             self.chooser.discard()
         self.iteration += 1
         self.epochs.forget(self.iteration)
-        if self.iteration % REPLICA_CHECK_INTERVAL == 0:
-            self.check_replicas()
+        if self.iteration % COPY_CHECK_INTERVAL == 0:
+            self.check_copies()
 
-    def check_replicas(self) -> None:
+    def check_copies(self) -> None:
         """Compare the copies of each score range across tensor and pipeline ranks; collective over the world.
 
         Raises:
             LayoutError: on every rank, if copies differ.
         """
-        check_copies(self.replica, self.store.checksum, self.iteration)
+        check_copies(self.grid, self.store.checksum, self.iteration)
 
     def save(self, folder: str | Path, **more: Any) -> SaveReport:
         """Write the whole state of all ranks into a folder, sealed; collective.
@@ -182,7 +182,7 @@ class EvolvedSampling:
         masks = {key: mask.packed for key, mask in self.sampler.masks.items()}
         state = {"engine": self.state_dict(), **more}
         scores = ScoreRange(self.manifest.total, store.low, score, visits)
-        return EsStateWriter(folder, scores, masks, state, self.manifest.to_json(), self.replica)
+        return EsStateWriter(folder, scores, masks, state, self.manifest.to_json(), self.grid)
 
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Go on where `save` stood, under any number of ranks; collective.
@@ -193,7 +193,7 @@ class EvolvedSampling:
         Raises:
             CheckpointError: missing, damaged, of other data, or of another run.
         """
-        saved = load_es_state(folder, self.manifest.total, self.replica, self.manifest.to_json())
+        saved = load_es_state(folder, self.manifest.total, self.grid, self.manifest.to_json())
         sizes = self.manifest.sizes
         masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in saved.masks.items()}
         self.load_state_dict(saved.state["engine"], masks)
@@ -315,10 +315,10 @@ class EvolvedSampling:
         if not self.needs_norm:
             return self._spread(framework, self.own, own), None
         norm = self._spread(framework, self.own, None if own is None else own[1])
-        return self._spread(framework, self.own, None if own is None else own[0]), self.replica.sum_over_dp(norm)
+        return self._spread(framework, self.own, None if own is None else own[0]), self.grid.sum_over_dp(norm)
 
     def _work(self, choice: Choice, *, capture: bool) -> Work:
-        positions = assign(choice.positions, self._owners, self.replica.dp_size)[self.replica.dp_rank]
+        positions = assign(choice.positions, self._owners, self.grid.dp_size)[self.grid.dp_rank]
         if choice.weights is None:
             return Work(positions, None, capture)
         return Work(positions, choice.weights[np.searchsorted(choice.positions, positions)], capture)
@@ -333,7 +333,7 @@ class EvolvedSampling:
         with self._timed("exchange"):
             known = np.zeros(self.meta_batch, np.float32)
             known[work.positions] = 1
-            known, loss = self.replica.sum_over_dp(np.stack([known, spread]))
+            known, loss = self.grid.sum_over_dp(np.stack([known, spread]))
             return trained.result, np.where(known > 0, loss, np.float32(np.nan))
 
     def _learn(self, batch: MetaBatch, positions: Int64, loss: Float32) -> None:
@@ -348,7 +348,7 @@ class EvolvedSampling:
         """Send this data-parallel rank's losses to its pipeline and tensor peers, and put them at their positions."""
         own = np.zeros(len(positions), np.float32) if losses is None else losses
         spread = np.zeros(self.meta_batch, np.float32)
-        spread[positions] = self.replica.broadcast_over_mp(own, framework.loss_source)
+        spread[positions] = self.grid.broadcast_over_mp(own, framework.loss_source)
         return spread
 
     def _check(self, batch: MetaBatch, loss: Float32, positions: Int64 | None = None) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
-from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig, build
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained, Work
@@ -30,7 +30,7 @@ from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.rate import scaled_steps
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.refusals.table import DEEPSPEED, block_is_on, refuse
 
 Float32 = npt.NDArray[np.float32]
@@ -107,7 +107,7 @@ def optimizer_name(engine: Any) -> str:
     return type(getattr(engine.optimizer, "optimizer", engine.optimizer)).__name__
 
 
-def replica_of(place: tuple[int, int]) -> Replica:
+def rank_grid_of(place: tuple[int, int]) -> RankGrid:
     """The grid of ranks from everybody's place in it; collective over the world.
 
     Args:
@@ -117,7 +117,7 @@ def replica_of(place: tuple[int, int]) -> Replica:
     dist.all_gather_object(places, place)
     ranks = {each: rank for rank, each in enumerate(places)}
     data, model = (1 + max(each[axis] for each in places) for axis in (0, 1))
-    return Replica.of_grid([[ranks[d, m] for m in range(model)] for d in range(data)])
+    return RankGrid.of_grid([[ranks[d, m] for m in range(model)] for d in range(data)])
 
 
 def mean_loss(losses_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class DeepSpeedSampling(Handle, ABC):
         Raises:
             LossError: too many losses are not finite, or weights were updated with a gradient that is not.
         """
-        batch = self.engine.begin()
+        batch = self.engine.draw()
         if self.feed is not None:
             self.feed.fetch(batch)
         with scaled_steps(self.deepspeed.optimizer, self.engine.rate_factor):
@@ -228,10 +228,10 @@ class DeepSpeedSampling(Handle, ABC):
         """
         tag = str(tag) if tag is not None else f"global_step{self.deepspeed.global_steps}"
         done = self._own_save(str(save_dir), tag=tag, client_state=dict(client_state or {}), save_latest=False, **more)
-        replica = self.engine.replica
+        grid = self.engine.grid
         self.save(Path(save_dir) / tag / ES_STATE)
-        with agreed(replica, f"move {Path(save_dir) / LATEST}"):
-            if save_latest and replica.world_rank == 0:
+        with agreed(grid, f"move {Path(save_dir) / LATEST}"):
+            if save_latest and grid.world_rank == 0:
                 disk.replace_file(Path(save_dir) / LATEST, tag.encode())
         return bool(done)
 
@@ -283,9 +283,9 @@ def build_engine(
     deepspeed: Any,
     config: EvolvedSamplingConfig | None,
     manifest: Manifest,
-    replica: Replica,
+    grid: RankGrid,
     train_samples: int,
-    begin: Begin = begin_with_scores,
+    warm_start: WarmStart = start_with_scores,
 ) -> EvolvedSampling:
     """The step over the batch sizes of a DeepSpeed engine.
 
@@ -297,11 +297,11 @@ def build_engine(
     engine = EvolvedSampling(
         config,
         manifest,
-        replica,
+        grid,
         meta_batch=int(deepspeed.train_batch_size()),
         micro_batch=int(deepspeed.train_micro_batch_size_per_gpu()),
         train_samples=train_samples,
-        begin=begin,
+        warm_start=warm_start,
     )
     size = config.scoring_micro_batch_size
     if size is not None and len(engine.own) % size:

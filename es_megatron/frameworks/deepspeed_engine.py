@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained, Work
@@ -34,7 +34,7 @@ from es_megatron.frameworks.deepspeed_common import (
     build_feed,
     discard_gradients,
     mean_loss,
-    replica_of,
+    rank_grid_of,
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
@@ -109,8 +109,8 @@ class EngineSampling(DeepSpeedSampling):
         batches = self._micro_batches(work.positions, self.engine.micro_batch)
         with accumulating(self.deepspeed, len(batches)):
             total, found = self._forward_backward(batches, work.weights, step=True)
-        replica = self.engine.replica
-        mean = float(replica.sum_over_dp(np.asarray([total]))[0]) / (len(batches) * replica.dp_size)
+        grid = self.engine.grid
+        mean = float(grid.sum_over_dp(np.asarray([total]))[0]) / (len(batches) * grid.dp_size)
         return Trained(mean, join(found) if work.capture else None)
 
     def train_batches(self, batches: list[Batch]) -> None:
@@ -144,10 +144,10 @@ class EngineSampling(DeepSpeedSampling):
 
     def _per_token(self, batches: list[Batch]) -> LossOf:
         """Loss whose mean over all micro-batches of all ranks is that over all their unmasked tokens."""
-        replica = self.engine.replica
+        grid = self.engine.grid
         own = np.asarray([sum(float(batch["loss_mask"].sum()) for batch in batches)])
-        tokens = max(float(replica.sum_over_dp(own)[0]), 1.0)
-        scale = len(batches) * replica.dp_size / tokens
+        tokens = max(float(grid.sum_over_dp(own)[0]), 1.0)
+        scale = len(batches) * grid.dp_size / tokens
         return lambda losses_BT, mask_BT: (losses_BT.float() * mask_BT.float()).sum() * scale
 
     def _micro_batches(self, positions: Int64, size: int) -> list[Batch]:
@@ -195,7 +195,7 @@ def attach(  # noqa: PLR0913 - all but three have defaults
     per_token: bool = False,
     workers: int = 0,
     prefetch: int = 2,
-    begin: Begin = begin_with_scores,
+    warm_start: WarmStart = start_with_scores,
 ) -> EngineSampling:
     """Attach Evolved Sampling to a `DeepSpeedEngine`; collective.
 
@@ -213,15 +213,15 @@ def attach(  # noqa: PLR0913 - all but three have defaults
         per_token: average over all unmasked tokens of a step, instead of over micro-batches' `loss_of`.
         workers: loader processes per rank.
         prefetch: meta-batches a worker reads ahead.
-        begin: see `EvolvedSampling`.
+        warm_start: see `EvolvedSampling`.
 
     Raises:
         ConfigError: what cannot work, before the first iteration.
     """
     if type(deepspeed).__name__ == "PipelineEngine":
         raise ConfigError("A `PipelineEngine` must be attached to by `es_megatron.frameworks.deepspeed_pipe.attach`.")
-    replica = replica_of(place_of(deepspeed))
-    engine = build_engine(deepspeed, config, manifest, replica, train_samples, begin)
+    grid = rank_grid_of(place_of(deepspeed))
+    engine = build_engine(deepspeed, config, manifest, grid, train_samples, warm_start)
     feed = build_feed(engine, rows, workers, prefetch)
     return EngineSampling(engine, feed, deepspeed, token_losses=token_losses, loss_of=loss_of, per_token=per_token)
 

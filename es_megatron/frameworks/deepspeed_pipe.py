@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from es_megatron.checkpoint.agreement import agreed
-from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained, Work
@@ -35,7 +35,7 @@ from es_megatron.frameworks.deepspeed_common import (
     build_feed,
     discard_gradients,
     mean_loss,
-    replica_of,
+    rank_grid_of,
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import norm_bounds, square_sums
@@ -143,7 +143,7 @@ class PipeSampling(DeepSpeedSampling):
                 deepspeed.reset_activation_shape()
         deepspeed.total_loss = None
         if norms and not self._norms_known:
-            with agreed(self.engine.replica, "bound gradient norms", kind=ConfigError):
+            with agreed(self.engine.grid, "bound gradient norms", kind=ConfigError):
                 if refused:
                     raise ConfigError(
                         "Policy `grad-norm` needs logits [tokens, sequences, vocabulary] from the last stage, but its "
@@ -189,7 +189,7 @@ class PipeSampling(DeepSpeedSampling):
         """Have the pipeline run over so many micro-batches; put its batch size back after."""
         deepspeed = self.deepspeed
         before = deepspeed.train_batch_size()
-        deepspeed.set_train_batch_size(micro_batches * self.engine.micro_batch * self.engine.replica.dp_size)
+        deepspeed.set_train_batch_size(micro_batches * self.engine.micro_batch * self.engine.grid.dp_size)
         try:
             yield
         finally:
@@ -219,7 +219,7 @@ def attach(  # noqa: PLR0913 - all but four have defaults
     pack: Pack = pack_gpt,
     workers: int = 0,
     prefetch: int = 2,
-    begin: Begin = begin_with_scores,
+    warm_start: WarmStart = start_with_scores,
 ) -> PipeSampling:
     """Attach Evolved Sampling to a `PipelineEngine`; collective.
 
@@ -238,7 +238,7 @@ def attach(  # noqa: PLR0913 - all but four have defaults
         pack: makes (inputs of the first stage, labels of the last) of a micro-batch.
         workers: loader processes per rank.
         prefetch: meta-batches a worker reads ahead.
-        begin: see `EvolvedSampling`.
+        warm_start: see `EvolvedSampling`.
 
     Raises:
         ConfigError: what cannot work, before the first iteration.
@@ -247,11 +247,11 @@ def attach(  # noqa: PLR0913 - all but four have defaults
         raise ConfigError(
             "A `DeepSpeedEngine` must be attached to by `es_megatron.frameworks.deepspeed_engine.attach`."
         )
-    grid = deepspeed.grid
-    tensor = int(grid.get_slice_parallel_world_size())
-    model_rank = int(deepspeed.stage_id) * tensor + int(grid.get_slice_parallel_rank())
-    replica = replica_of((int(grid.get_data_parallel_rank()), model_rank))
-    engine = build_engine(deepspeed, config, manifest, replica, train_samples, begin)
+    topology = deepspeed.grid
+    tensor = int(topology.get_slice_parallel_world_size())
+    model_rank = int(deepspeed.stage_id) * tensor + int(topology.get_slice_parallel_rank())
+    grid = rank_grid_of((int(topology.get_data_parallel_rank()), model_rank))
+    engine = build_engine(deepspeed, config, manifest, grid, train_samples, warm_start)
     reads = deepspeed.is_first_stage() or deepspeed.is_last_stage()
     feed = build_feed(engine, rows, workers, prefetch) if reads else None
     return PipeSampling(engine, feed, deepspeed, token_losses=token_losses, loss_of=loss_of, pack=pack)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.plan import check_micro_batches
@@ -30,7 +30,7 @@ from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
 from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.scoring import join, sequence_losses, shortened, traceless
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.refusals.table import MODEL, refuse
 
 Float32 = npt.NDArray[np.float32]
@@ -39,7 +39,7 @@ Schedule = Callable[..., Any]
 LossMaskOf = Callable[[Callable[..., Any]], Tensor]
 
 
-def replica_of_parallel_state() -> tuple[Replica, int]:
+def rank_grid_of_parallel_state() -> tuple[RankGrid, int]:
     """This rank's place in Megatron-Core's grid, and the model-parallel rank that computes losses. Collective.
 
     The losses are on the last pipeline stage; its first tensor rank tells them.
@@ -51,7 +51,7 @@ def replica_of_parallel_state() -> tuple[Replica, int]:
     data = parallel_state.get_data_parallel_world_size()
     source = (pipeline - 1) * tensor
     if dist.get_world_size() == 1:
-        return Replica.alone(), source
+        return RankGrid.alone(), source
     place = (
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank() * tensor + parallel_state.get_tensor_model_parallel_rank(),
@@ -59,7 +59,7 @@ def replica_of_parallel_state() -> tuple[Replica, int]:
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, place)
     ranks = {each: rank for rank, each in enumerate(places)}
-    return Replica.of_grid([[ranks[d, m] for m in range(tensor * pipeline)] for d in range(data)]), source
+    return RankGrid.of_grid([[ranks[d, m] for m in range(tensor * pipeline)] for d in range(data)]), source
 
 
 def mask_of_partial(loss_func: Callable[..., Any]) -> Tensor:
@@ -102,7 +102,7 @@ class MegatronCoreSampling(Handle):
             if call.get("forward_only", False):
                 return schedule(**call)
             self._check_call(call)
-            batch = self.engine.begin()
+            batch = self.engine.draw()
             if self.feed is not None:
                 self.feed.fetch(batch)
             return self.engine.step(batch, ScheduleCall(self, schedule, call))
@@ -138,7 +138,7 @@ class MegatronCoreSampling(Handle):
 
     def _check_call(self, call: dict[str, Any]) -> None:
         engine = self.engine
-        expected = engine.meta_batch // (engine.micro_batch * engine.replica.dp_size)
+        expected = engine.meta_batch // (engine.micro_batch * engine.grid.dp_size)
         if call["num_microbatches"] != expected or call["micro_batch_size"] != engine.micro_batch:
             raise ConfigError(
                 f"The schedule must be called with {expected} micro-batches of {engine.micro_batch}, but is called "
@@ -294,7 +294,7 @@ def attach(  # noqa: PLR0913 - one call says all
     workers: int = 0,
     prefetch: int = 2,
     loss_mask_of: LossMaskOf = mask_of_partial,
-    begin: Begin = begin_with_scores,
+    warm_start: WarmStart = start_with_scores,
     optimizer: Any = None,
 ) -> MegatronCoreSampling:
     """Attach Evolved Sampling to a Megatron-Core run; collective, after `parallel_state` is initialised.
@@ -310,27 +310,27 @@ def attach(  # noqa: PLR0913 - one call says all
         workers: loader processes per rank.
         prefetch: meta-batches a worker reads ahead.
         loss_mask_of: finds the loss mask in what the forward step returns.
-        begin: see `EvolvedSampling`.
+        warm_start: see `EvolvedSampling`.
         optimizer: the loop's; its `step` then closes every iteration, and `finish` must not be called. None: call it.
 
     Raises:
         ConfigError, LayoutError: what cannot work, before the first iteration.
     """
     check_model(model_config, config)
-    replica, source = replica_of_parallel_state()
+    grid, source = rank_grid_of_parallel_state()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     engine = EvolvedSampling(
         config,
         manifest,
-        replica,
+        grid,
         meta_batch=global_batch_size,
         micro_batch=micro_batch_size,
         train_samples=train_samples,
         micro_batch_multiple=pipeline if virtual > 1 else 1,
-        begin=begin,
+        warm_start=warm_start,
     )
-    check_micro_batches(engine.plan, micro_batch_size * replica.dp_size, pipeline, virtual)
+    check_micro_batches(engine.plan, micro_batch_size * grid.dp_size, pipeline, virtual)
     check_scoring_size(config, len(engine.own), pipeline, virtual)
     feed = None
     if rows is not None and reads_data(model_config):

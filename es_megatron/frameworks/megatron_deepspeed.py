@@ -164,7 +164,7 @@ def pipeline_taken(deepspeed: Any) -> Generator[None]:
 
     def train_batch(data_iter: Any = None) -> Any:
         del deepspeed.train_batch  # the engine's own is called below this
-        batch = engine.begin()
+        batch = engine.draw()
         if feed is not None:
             feed.fetch(batch)
         engine.step(batch, pipeline)

@@ -143,7 +143,7 @@ def _begin(args: Namespace, dialect: Dialect, switches: Switches, manifest: Mani
     if at.folder is not None:
         _restore(run, Path(at.folder))
     changes = length.shorten(args, at.started_at + engine.plan.schedule.iterations)
-    if engine.replica.world_rank == 0:
+    if engine.grid.world_rank == 0:
         run.audit = None if switches.audit is None else Audit(switches.audit, run.iteration)
         _print_plan(run, changes)
     _run = run
@@ -255,7 +255,7 @@ def state_saved(iteration: int, non_persistent: bool) -> AbstractContextManager[
         )
     folder = _run.dialect.state_folder(_run.args, iteration)
     report = engine.save(folder, totals=_run.totals.state_dict(), started_at=_run.started_at)
-    if engine.replica.world_rank == 0:
+    if engine.grid.world_rank == 0:
         _say(f"es: saved scores of iteration {iteration}, {report.bytes} bytes in {report.seconds:.2f} s")
     return _expected_folder()
 

@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="arguments of es-megatron")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_launch(arguments: argparse.Namespace) -> int:
     """Check the nodes and start the run; returns the exit code of what failed, or 0."""
     settings = load_launch(arguments.config, arguments.launcher)
     given = [each for each in arguments.run_command if each != "--"] or list(settings.command)

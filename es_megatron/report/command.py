@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="HTML file; default: RUN/report/report.html")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_report(arguments: argparse.Namespace) -> int:
     """Write the page, and its pictures as PNG files into RUN/report; returns 0."""
     directory: Path = arguments.run_directory
     analysis = analyse(read_metrics(directory))

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff.set_defaults(act=_diff)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_scores(arguments: argparse.Namespace) -> int:
     """Do what is asked; returns 0, or 1 where `diff` finds a difference."""
     return int(arguments.act(arguments))
 

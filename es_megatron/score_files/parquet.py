@@ -19,7 +19,7 @@ from es_megatron.checkpoint.es_state import ScoreRange, save_es_state
 from es_megatron.checkpoint.transfer import plan_transfer
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import ConfigError, DataError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.score_files.files import ScoreFiles
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def import_scores(source: Path, manifest: Manifest, target: Path) -> dict[str, i
         ids = manifest.offsets[numbers[0]] + rows
         score[ids], visits[ids] = found, seen
     state = {"imported_from": str(source)}
-    save_es_state(target, ScoreRange(manifest.total, 0, score, visits), {}, state, manifest.to_json(), Replica.alone())
+    save_es_state(target, ScoreRange(manifest.total, 0, score, visits), {}, state, manifest.to_json(), RankGrid.alone())
     counts = [
         int(np.count_nonzero(visits[low:high]))
         for low, high in zip(manifest.offsets, manifest.offsets[1:], strict=False)

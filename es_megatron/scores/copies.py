@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from es_megatron.errors import LayoutError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 
 
-def check_copies(replica: Replica, checksum: Callable[[], int], iteration: int) -> None:
+def check_copies(grid: RankGrid, checksum: Callable[[], int], iteration: int) -> None:
     """Compare the copies of each range across tensor and pipeline ranks; collective over the world.
 
     Args:
-        replica: the ranks.
+        grid: the ranks.
         checksum: of this rank's copy.
         iteration: the next one, for the message.
 
     Raises:
         LayoutError: on every rank, if copies differ.
     """
-    if replica.mp_size == 1:
+    if grid.mp_size == 1:
         return
     copies: dict[int, dict[int, int]] = {}
-    for data_rank, model_rank, found in replica.gather_objects((replica.dp_rank, replica.mp_rank, checksum())):
+    for data_rank, model_rank, found in grid.gather_objects((grid.dp_rank, grid.mp_rank, checksum())):
         copies.setdefault(data_rank, {})[model_rank] = found
     for data_rank, checksums in sorted(copies.items()):
         if len(set(checksums.values())) > 1:

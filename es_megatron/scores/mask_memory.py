@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from es_megatron.data.mask import KeptMask, fill_index, lay_out, mask_bytes
 from es_megatron.errors import ConfigError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -25,23 +25,23 @@ UInt8 = npt.NDArray[np.uint8]
 class MaskMemory:
     """Makes masks of pieces that arrive on every rank; methods are collective over the world."""
 
-    def __init__(self, folder: str | None, replica: Replica) -> None:
+    def __init__(self, folder: str | None, grid: RankGrid) -> None:
         """Find out who shares.
 
         Args:
             folder: node-local folder for shared masks (`/dev/shm`); None: each rank has its own.
-            replica: the ranks.
+            grid: the ranks.
         """
-        self._replica = replica
+        self._grid = grid
         self._folder = None if folder is None else Path(folder)
         self._made = 0
         self._writes, self._token = True, ""
         if folder is None:
             return
         here = (socket.gethostname(), *_identity(Path(folder)))
-        told = replica.gather_objects((here, secrets.token_hex(8)))
+        told = grid.gather_objects((here, secrets.token_hex(8)))
         first = next(rank for rank, (place, _) in enumerate(told) if place == here)
-        self._writes, self._token = first == replica.world_rank, told[first][1]
+        self._writes, self._token = first == grid.world_rank, told[first][1]
 
     def build(self, pieces: Iterable[UInt8], samples: int) -> KeptMask:
         """Join the pieces of a mask.
@@ -64,7 +64,7 @@ class MaskMemory:
             else:
                 for _ in pieces:
                     pass
-            self._replica.barrier()
+            self._grid.barrier()
             mapped = self._agreed(lambda: None if self._writes else np.memmap(path, np.uint8, "r"))
             return mask if mapped is None else KeptMask.of_buffer(mapped, samples)  # pyright: ignore[reportPossiblyUnboundVariable]
         finally:
@@ -81,7 +81,7 @@ class MaskMemory:
             made = make()
         except OSError as error:
             problem = f"`{error.filename or self._folder}`: {error.strerror}"
-        problems = [each for each in self._replica.gather_objects(problem) if each is not None]
+        problems = [each for each in self._grid.gather_objects(problem) if each is not None]
         if problems:
             raise ConfigError(
                 f"`mask_folder` must be a folder on every node with room for the kept masks, but {problems[0]}. "

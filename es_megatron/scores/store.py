@@ -26,7 +26,7 @@ from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.permutation import permutation
 from es_megatron.errors import CheckpointError, ConfigError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.mask_memory import MaskMemory
 from es_megatron.scores.threshold import mark_kept, sample_count
 
@@ -75,19 +75,19 @@ class StandIn(NamedTuple):
 class ScoreStore:
     """Scores and visits of this rank's range, and the collectives that make the ranges one store."""
 
-    def __init__(self, manifest: Manifest, config: EvolvedSamplingConfig, replica: Replica) -> None:
+    def __init__(self, manifest: Manifest, config: EvolvedSamplingConfig, grid: RankGrid) -> None:
         """Allocate this rank's range; untouched pages cost nothing until their first visit.
 
         Args:
             manifest: the blend.
             config: beta1, beta2, correction, floor, seed.
-            replica: this rank's place.
+            grid: this rank's place.
         """
-        self.manifest, self.config, self.replica = manifest, config, replica
-        self.low, self.high = owned_range(manifest.total, replica.dp_rank, replica.dp_size)
+        self.manifest, self.config, self.grid = manifest, config, grid
+        self.low, self.high = owned_range(manifest.total, grid.dp_rank, grid.dp_size)
         self.score: Float32 = allocate(self.high - self.low, np.float32, config.score_folder)
         self.visits: UInt8 = allocate(self.high - self.low, np.uint8, config.score_folder)
-        self.masks = MaskMemory(config.mask_folder, replica)
+        self.masks = MaskMemory(config.mask_folder, grid)
         random = config.arm == "uniform-prune"
         self.pruner = PRUNERS.make("random" if random else config.pruner, () if random else config.pruner_options)
         self.start = 1.0 / manifest.total
@@ -115,11 +115,11 @@ class ScoreStore:
         local = self.lookup_local(ids)
         packed = np.stack([local.score, local.visits.astype(np.float32), loss])
         if self.config.correction == "paper":
-            score, visits, losses = self.replica.sum_over_dp(packed)
+            score, visits, losses = self.grid.sum_over_dp(packed)
             return Lookup(score, visits.astype(np.uint8)), losses
         # The sums that means are made of come along: float64 holds whole numbers exactly up to 2^53.
         wide = np.concatenate([packed.reshape(-1), self._sums.reshape(-1)], dtype=np.float64)
-        wide = self.replica.sum_over_dp(wide)
+        wide = self.grid.sum_over_dp(wide)
         score, visits, losses = wide[: packed.size].reshape(packed.shape).astype(np.float32)
         means = self._means_of(wide[packed.size :].reshape(self._sums.shape))
         return Lookup(score, visits.astype(np.uint8), means), losses
@@ -173,7 +173,7 @@ class ScoreStore:
 
     def component_means(self) -> Float32:
         """Mean used score of the seen samples of each component, float32[C]; of all components where none is seen."""
-        return self._means_of(self.replica.sum_over_dp(self._sums))
+        return self._means_of(self.grid.sum_over_dp(self._sums))
 
     def _means_of(self, total: npt.NDArray[Any]) -> Float32:
         score, seen = total.sum(axis=0)
@@ -183,7 +183,7 @@ class ScoreStore:
 
     def seen(self) -> Int64:
         """Samples of each component that have a score, int64[C], the same on every rank; collective."""
-        return self.replica.sum_over_dp(self._sums)[:, 1]
+        return self.grid.sum_over_dp(self._sums)[:, 1]
 
     def prune(self, component: int, epoch: int) -> KeptMask:
         """Keep m_c of a component's samples, drawn without replacement by their scores (Algorithm 1).
@@ -201,12 +201,12 @@ class ScoreStore:
             samples,
             count,
             self._sample_keys(component, epoch, unseen, mean),
-            self.replica,
+            self.grid,
             low % 8,
         )
         pieces = self._gather(kept, low // 8, samples)
         if self.config.arm == "shuffled":
-            pieces = self._shuffled(MaskMemory(None, self.replica).build(pieces, samples), component, epoch)
+            pieces = self._shuffled(MaskMemory(None, self.grid).build(pieces, samples), component, epoch)
         return self.masks.build(pieces, samples)
 
     def stand_in(self, component: int) -> StandIn | None:
@@ -221,7 +221,7 @@ class ScoreStore:
             int(np.count_nonzero(self._weight(score, visits, unseen, mean) < np.float32(mean)))
             for score, visits, _ in self._blocks(component)
         )
-        below = int(self.replica.sum_over_dp(np.asarray([own], dtype=np.int64))[0])
+        below = int(self.grid.sum_over_dp(np.asarray([own], dtype=np.int64))[0])
         samples = int(self.manifest.sizes[component])
         kept_below = below - (samples - kept_count(samples, self.config.pruning_ratio))
         return StandIn(float(np.float32(mean)), below / kept_below if kept_below > 0 else 1.0)
@@ -238,7 +238,7 @@ class ScoreStore:
         """
         if len(score) != len(self.score) or len(visits) != len(self.visits):
             raise CheckpointError(
-                f"The scores must cover {len(self.score)} samples of rank {self.replica.dp_rank}, but cover "
+                f"The scores must cover {len(self.score)} samples of rank {self.grid.dp_rank}, but cover "
                 f"{len(score)} instead. Load them for this run's data and data-parallel size."
             )
         if self.config.score_folder is None:
@@ -310,7 +310,7 @@ class ScoreStore:
         samples = int(self.manifest.sizes[component])
         rows = np.unique(np.linspace(0, samples - 1, sample_count(samples)).astype(np.int64))
         found = self.lookup_local(self.manifest.sample_ids(component, rows))
-        packed = self.replica.sum_over_dp(np.stack([found.score, found.visits.astype(np.float32)]))
+        packed = self.grid.sum_over_dp(np.stack([found.score, found.visits.astype(np.float32)]))
         uniform = uniforms(self.config.seed, Purpose.PRUNE, component + 1, epoch, samples, len(rows))
         return self._key(Lookup(packed[0], packed[1].astype(np.uint8)), uniform, epoch, unseen, mean)
 
@@ -328,7 +328,7 @@ class ScoreStore:
             low, high = max(start, first), min(start + len(piece), first + len(kept))
             if low < high:
                 piece[low - start : high - start] = kept[low - first : high - first]
-            yield self.replica.broadcast_over_mp(self.replica.sum_over_dp(piece), 0)
+            yield self.grid.broadcast_over_mp(self.grid.sum_over_dp(piece), 0)
 
     def _shuffled(self, mask: KeptMask, component: int, epoch: int) -> Iterator[UInt8]:
         """The placebo: the same mask for other rows, as if scores had been permuted within the component."""

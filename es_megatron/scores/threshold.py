@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -91,13 +91,13 @@ def split_by_bracket(
     return below, np.concatenate(places), np.concatenate(inside)
 
 
-def radix_select(bits: UInt64, rank: int, replica: Replica) -> tuple[np.uint64, int]:
+def radix_select(bits: UInt64, rank: int, grid: RankGrid) -> tuple[np.uint64, int]:
     """The `rank`-th smallest (from 0) of all ranks' values, and how many are below it."""
     prefix, below = 0, 0
     active = bits
     for shift in range(64 - RADIX_BITS, -1, -RADIX_BITS):
         digit = (active >> np.uint64(shift)) & np.uint64((1 << RADIX_BITS) - 1)
-        upto = np.cumsum(replica.sum_over_dp(np.bincount(digit.astype(np.int64), minlength=1 << RADIX_BITS)))
+        upto = np.cumsum(grid.sum_over_dp(np.bincount(digit.astype(np.int64), minlength=1 << RADIX_BITS)))
         found = int(np.searchsorted(upto, rank - below, side="right"))
         below += int(upto[found - 1]) if found else 0
         prefix = prefix << RADIX_BITS | found
@@ -106,7 +106,7 @@ def radix_select(bits: UInt64, rank: int, replica: Replica) -> tuple[np.uint64, 
 
 
 def mark_kept(
-    make_blocks: Blocks, local: int, total: int, count: int, sample: Float64, replica: Replica, lead: int = 0
+    make_blocks: Blocks, local: int, total: int, count: int, sample: Float64, grid: RankGrid, lead: int = 0
 ) -> UInt8:
     """Keep the `count` smallest keys of all data-parallel ranks; ties go to the lower id.
 
@@ -116,7 +116,7 @@ def mark_kept(
         total: how many all ranks have.
         count: how many to keep, in [0, total].
         sample: float64[...], the same sample of keys on every rank.
-        replica: the ranks; ids rise with the data-parallel rank.
+        grid: the ranks; ids rise with the data-parallel rank.
         lead: empty bits to leave before the first, in [0, 8).
 
     Returns:
@@ -131,17 +131,17 @@ def mark_kept(
     low, high = find_bracket(sample, count / total)
     while True:
         below, places, inside = split_by_bracket(make_blocks(), low, high, kept, lead)
-        sums = replica.sum_over_dp(np.asarray([below, len(inside)], dtype=np.int64))
+        sums = grid.sum_over_dp(np.asarray([below, len(inside)], dtype=np.int64))
         if sums[0] < count <= sums[0] + sums[1]:
             break
         low, high = (np.uint64(0), high) if sums[0] >= count else (low, ALL)
-    key, under = radix_select(inside, count - 1 - int(sums[0]), replica)
+    key, under = radix_select(inside, count - 1 - int(sums[0]), grid)
     _set(kept, places[inside < key])
     tied = places[inside == key]
-    ties = np.zeros(replica.dp_size, dtype=np.int64)
-    ties[replica.dp_rank] = len(tied)
-    ties = replica.sum_over_dp(ties)
-    left = count - int(sums[0]) - under - int(ties[: replica.dp_rank].sum())
+    ties = np.zeros(grid.dp_size, dtype=np.int64)
+    ties[grid.dp_rank] = len(tied)
+    ties = grid.sum_over_dp(ties)
+    left = count - int(sums[0]) - under - int(ties[: grid.dp_rank].sum())
     _set(kept, tied[: max(0, left)])
     return kept
 

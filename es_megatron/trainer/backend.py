@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows
@@ -78,7 +78,7 @@ def start(settings: PretrainSettings) -> None:
 
 
 def build_backend(
-    settings: PretrainSettings, blend: LoadedBlend, train_samples: int, begin: Begin = begin_with_scores
+    settings: PretrainSettings, blend: LoadedBlend, train_samples: int, warm_start: WarmStart = start_with_scores
 ) -> Backend:
     """Build the model of a run in its framework, and attach; collective, after `start`.
 
@@ -86,7 +86,7 @@ def build_backend(
         settings: of the run.
         blend: where samples come from.
         train_samples: draws of the plain run.
-        begin: see `EvolvedSampling`.
+        warm_start: see `EvolvedSampling`.
 
     Raises:
         EsError: what cannot work.
@@ -94,10 +94,10 @@ def build_backend(
     if settings.backend == "deepspeed":
         from es_megatron.trainer.deepspeed_backend import DeepSpeedBackend
 
-        return DeepSpeedBackend(settings, blend, train_samples, begin)
+        return DeepSpeedBackend(settings, blend, train_samples, warm_start)
     from es_megatron.trainer.megatron_backend import MegatronBackend
 
-    return MegatronBackend(settings, blend, train_samples, begin)
+    return MegatronBackend(settings, blend, train_samples, warm_start)
 
 
 def stop() -> None:

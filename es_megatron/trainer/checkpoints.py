@@ -13,11 +13,11 @@ from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.background import BackgroundSave
 from es_megatron.checkpoint.es_state import SaveReport
 from es_megatron.checkpoint.rotation import CheckpointDirectory
-from es_megatron.checkpoint.warm_start import Begin, Resumption, begin_with_scores, read_resumption
+from es_megatron.checkpoint.warm_start import Resumption, WarmStart, read_resumption, start_with_scores
 from es_megatron.core.metrics import RunTotals
 from es_megatron.frameworks.appended import appended_check
 from es_megatron.frameworks.megatron_data import LoadedBlend
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer.backend import Backend
 from es_megatron.trainer.settings import PretrainSettings
 
@@ -30,7 +30,7 @@ MODEL = "model"
 class RunCheckpoints:
     """The checkpoints of one run; methods are collective over the world."""
 
-    def __init__(self, settings: PretrainSettings, blend: LoadedBlend, world: Replica) -> None:
+    def __init__(self, settings: PretrainSettings, blend: LoadedBlend, world: RankGrid) -> None:
         """Look for the newest checkpoint, and whether it is of this blend.
 
         Raises:
@@ -54,12 +54,12 @@ class RunCheckpoints:
         self._began = 0.0
 
     @property
-    def begin(self) -> Begin:
+    def warm_start(self) -> WarmStart:
         """What the engine begins with."""
-        return begin_with_scores if self._resumption is None else self._resumption.begin
+        return start_with_scores if self._resumption is None else self._resumption.start
 
     def restore(self, backend: Backend, totals: RunTotals) -> list[dict[str, Any]] | None:
-        """Take the newest checkpoint over into a run that has begun with `begin`.
+        """Take the newest checkpoint over into a run that has begun with `warm_start`.
 
         Returns:
             The evaluations so far; None if there is no checkpoint.
@@ -87,12 +87,12 @@ class RunCheckpoints:
         self.advance(wait=True)
         self._began = time.perf_counter()
         engine = backend.engine
-        engine.check_replicas()
+        engine.check_copies()
         partial = self._directory.begin(engine.iteration)
         with agreed(self._world, f"save iteration {engine.iteration}", lambda: None):
             backend.save(partial / MODEL)
         own = {"totals": totals.state_dict(), "evaluations": list(evaluations)}
-        copied = self._in_background and engine.replica.mp_rank == 0
+        copied = self._in_background and engine.grid.mp_rank == 0
         writer = engine.writer(partial / ES_STATE, own, copied=copied)
         if self._in_background:
             self._pending = BackgroundSave(self._directory, engine.iteration, writer, self._world)

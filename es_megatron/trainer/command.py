@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_pretrain(arguments: argparse.Namespace) -> int:
     """Train to the end; returns 0."""
     from es_megatron.testing import cpu
 

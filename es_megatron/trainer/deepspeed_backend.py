@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 
 from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
-from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig, build
 from es_megatron.core.plan import Layout
 from es_megatron.data.manifest import Manifest
@@ -25,7 +25,7 @@ from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.frameworks import deepspeed_common
 from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_data import LoadedBlend
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer import model
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.model_state import random_state, restore_random_state
@@ -76,7 +76,7 @@ class DeepSpeedPasses:
     def __init__(self, settings: PretrainSettings, sampling: Any) -> None:
         """Take the attached engine."""
         self.settings, self.sampling = settings, sampling
-        self.replica: Replica = sampling.engine.replica
+        self.grid: RankGrid = sampling.engine.grid
         self.loss_source: int = sampling.loss_source
 
     def score(self, micro_batches: MicroBatches) -> Float32 | None:
@@ -96,12 +96,12 @@ class DeepSpeedBackend:
         settings: PretrainSettings,
         blend: LoadedBlend,
         train_samples: int,
-        begin: Begin = begin_with_scores,
+        warm_start: WarmStart = start_with_scores,
     ) -> None:
         """Build the model and attach; see `build_backend`."""
         self.settings = settings
         self.deepspeed: Any = build_deepspeed(settings, blend.vocab_size)
-        self.sampling = attach(settings, self.deepspeed, blend, train_samples, begin)
+        self.sampling = attach(settings, self.deepspeed, blend, train_samples, warm_start)
         self.sampling.detach()  # the loop writes the ES state
         self.engine, self.loss_source = self.sampling.engine, self.sampling.loss_source
         self.scheduler: Any = build_scheduler(settings, self.deepspeed.optimizer, self.engine.plan.schedule.iterations)
@@ -117,7 +117,7 @@ class DeepSpeedBackend:
         norm = self.deepspeed.get_global_grad_norm()
         record, engine = self.engine.last, self.engine
         assert record is not None
-        count = len(record.chosen) // (engine.micro_batch * engine.replica.dp_size)
+        count = len(record.chosen) // (engine.micro_batch * engine.grid.dp_size)
         known = float("nan") if norm is None else float(norm)
         return Iteration(loss * count, count, succeeded, known, rate, 0.0)
 
@@ -133,11 +133,11 @@ class DeepSpeedBackend:
         """See `Backend.save`."""
         state = {"scheduler": self.scheduler.state_dict(), "iteration": self.engine.iteration}
         self.deepspeed.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
-        replica = self.engine.replica
-        with agreed(replica, f"save random states in {directory}"):
-            torch.save(random_state(), directory / random_file(replica))
-            if replica.world_rank == 0:
-                disk.write_file(directory / LAYOUT, [json.dumps(layout_of(self.settings, replica)).encode()])
+        grid = self.engine.grid
+        with agreed(grid, f"save random states in {directory}"):
+            torch.save(random_state(), directory / random_file(grid))
+            if grid.world_rank == 0:
+                disk.write_file(directory / LAYOUT, [json.dumps(layout_of(self.settings, grid)).encode()])
 
     def load(self, directory: Path) -> None:
         """See `Backend.load`.
@@ -145,12 +145,12 @@ class DeepSpeedBackend:
         Raises:
             CheckpointError: damaged, of another model or ZeRO stage, or of a layout that DeepSpeed cannot leave.
         """
-        replica = self.engine.replica
+        grid = self.engine.grid
         saved: dict[str, int] = {}
-        with agreed(replica, f"load {directory}"):
+        with agreed(grid, f"load {directory}"):
             saved = json.loads((directory / LAYOUT).read_text(encoding="utf-8"))
-            check_layout(saved, layout_of(self.settings, replica), directory)
-        if saved["data"] == replica.dp_size or saved["zero_stage"] == 0:
+            check_layout(saved, layout_of(self.settings, grid), directory)
+        if saved["data"] == grid.dp_size or saved["zero_stage"] == 0:
             found = self.deepspeed.load_checkpoint(str(directory), tag=TAG)
         else:
             found = self._load_universal(directory)
@@ -158,15 +158,15 @@ class DeepSpeedBackend:
             raise CheckpointError(f"`{directory}` holds no DeepSpeed checkpoint `{TAG}`. Use an older one.")
         self.scheduler.num_steps = 0  # loading adds the checkpoint's steps
         self.scheduler.load_state_dict(found[1]["scheduler"])
-        if saved["data"] == replica.dp_size:
-            restore_random_state(torch.load(directory / random_file(replica), weights_only=True))
+        if saved["data"] == grid.dp_size:
+            restore_random_state(torch.load(directory / random_file(grid), weights_only=True))
 
     def _load_universal(self, directory: Path) -> Any:
         """Load under another data-parallel size, by way of DeepSpeed's universal checkpoint."""
         folder = self.settings.run.directory / "universal"
-        replica = self.engine.replica
-        with agreed(replica, f"convert {directory} to a universal checkpoint"):
-            if replica.world_rank == 0:
+        grid = self.engine.grid
+        with agreed(grid, f"convert {directory} to a universal checkpoint"):
+            if grid.world_rank == 0:
                 disk.remove_tree(folder)
                 convert_to_universal(directory / TAG, folder / TAG)
         config = self.deepspeed._config
@@ -176,8 +176,8 @@ class DeepSpeedBackend:
                 return self.deepspeed.load_checkpoint(str(folder), tag=TAG)
         finally:
             config.load_universal_checkpoint = False
-            replica.barrier()
-            if replica.world_rank == 0:
+            grid.barrier()
+            if grid.world_rank == 0:
                 disk.remove_tree(folder)
 
 
@@ -223,13 +223,15 @@ def leave_out_empty_states(network: torch.nn.Module) -> None:
     network.register_load_state_dict_pre_hook(put_back)
 
 
-def attach(settings: PretrainSettings, engine: Any, blend: LoadedBlend, train_samples: int, begin: Begin) -> Any:
+def attach(
+    settings: PretrainSettings, engine: Any, blend: LoadedBlend, train_samples: int, warm_start: WarmStart
+) -> Any:
     """Attach to the engine, whichever it is."""
     options: dict[str, Any] = {
         "train_samples": train_samples,
         "workers": settings.data.num_workers,
         "prefetch": settings.data.prefetch,
-        "begin": begin,
+        "warm_start": warm_start,
     }
     return attach_rows(settings, engine, blend.manifest, blend.rows, options)
 
@@ -319,12 +321,12 @@ def merge(given: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[
     return merged
 
 
-def layout_of(settings: PretrainSettings, replica: Replica) -> dict[str, int]:
+def layout_of(settings: PretrainSettings, grid: RankGrid) -> dict[str, int]:
     """What a checkpoint's files depend on."""
     parallel = settings.parallel
     return {
         "zero_stage": settings.deepspeed.zero_stage,
-        "data": replica.dp_size,
+        "data": grid.dp_size,
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
     }
@@ -344,9 +346,9 @@ def check_layout(saved: Mapping[str, int], now: Mapping[str, int], directory: Pa
             )
 
 
-def random_file(replica: Replica) -> str:
+def random_file(grid: RankGrid) -> str:
     """Name of the file of a rank's random states."""
-    return f"random-{replica.world_rank:05d}.pt"
+    return f"random-{grid.world_rank:05d}.pt"
 
 
 def convert_to_universal(source: Path, target: Path) -> None:

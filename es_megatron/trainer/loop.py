@@ -17,7 +17,7 @@ from es_megatron.core.metrics import LogEntry, RunTotals
 from es_megatron.core.plan import FORWARD_COST, TRAIN_COST, Layout, describe, nominal, predict
 from es_megatron.errors import DataError
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer.backend import Backend, Iteration, build_backend, start, stop
 from es_megatron.trainer.checkpoints import RunCheckpoints
 from es_megatron.trainer.journal import Journal
@@ -36,15 +36,15 @@ class Trainer:
         self.settings = settings
         training = settings.training
         start(settings)
-        world = Replica.data_parallel()
+        world = RankGrid.data_parallel()
         with agreed(world, "open the data", kind=DataError):
             blend = load_blend(settings.data.blend, settings.model.seq_length)
         self.blend: LoadedBlend = blend
         samples = training.draws(blend.manifest.total)
         self.checkpoints = RunCheckpoints(settings, blend, world)
-        self.backend: Backend = build_backend(settings, blend, samples, self.checkpoints.begin)
+        self.backend: Backend = build_backend(settings, blend, samples, self.checkpoints.warm_start)
         self.engine = self.backend.engine
-        self.replica = self.engine.replica
+        self.grid = self.engine.grid
         self.totals = RunTotals(len(blend.manifest.components), training.global_batch_size)
         self.layout: Layout = self.backend.calibrate()
         evaluations = self.checkpoints.restore(self.backend, self.totals)
@@ -56,7 +56,7 @@ class Trainer:
         """Train to the planned end, or to SIGTERM; returns the summary that `summary.json` holds."""
         iterations = self.engine.plan.schedule.iterations
         plan = describe(self.engine.plan, self.layout, self.settings.model.seq_length, calibrated=True)
-        speaks, start = self.replica.world_rank == 0, self.engine.iteration
+        speaks, start = self.grid.world_rank == 0, self.engine.iteration
         with Journal(self.settings, speaks, self.engine.plan, self.layout, start) as journal, self._sigterm():
             journal.say(plan)
             self._train(journal, iterations)
@@ -95,7 +95,7 @@ class Trainer:
 
     def _agreed_stop(self) -> bool:
         """Whether world rank 0 was asked to end; launchers send the signal to all ranks."""
-        return bool(self.replica.tell(np.asarray([self._stop], dtype=np.int64))[0])
+        return bool(self.grid.broadcast(np.asarray([self._stop], dtype=np.int64))[0])
 
     @contextmanager
     def _sigterm(self) -> Generator[None]:
@@ -110,8 +110,8 @@ class Trainer:
 
     def _log(self, journal: Journal, window: Window, rate: float) -> None:
         """Mean loss since the last line; collective."""
-        own = self.replica.broadcast_over_mp(np.asarray(window.loss), self.backend.loss_source)
-        loss_sum, count = self.replica.sum_over_dp(own)
+        own = self.grid.broadcast_over_mp(np.asarray(window.loss), self.backend.loss_source)
+        loss_sum, count = self.grid.sum_over_dp(own)
         steps = max(window.steps, 1)
         score, train = window.seconds.get("score", 0.0), window.seconds.get("train", 0.0)
         entry = LogEntry(
@@ -188,7 +188,7 @@ class Trainer:
             "skipped_iterations": self.totals.skipped,
             "validation": self.evaluations[-1] if self.evaluations else None,
             "evaluations": self.evaluations,
-            "world_size": self.replica.world_size,
+            "world_size": self.grid.world_size,
         }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from es_megatron.checkpoint.warm_start import Begin, begin_with_scores
+from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_core import attach
@@ -31,7 +31,7 @@ class MegatronBackend:
         settings: PretrainSettings,
         blend: LoadedBlend,
         train_samples: int,
-        begin: Begin = begin_with_scores,
+        warm_start: WarmStart = start_with_scores,
     ) -> None:
         """Build the model and attach; see `build_backend`."""
         training = settings.training
@@ -46,14 +46,14 @@ class MegatronBackend:
             train_samples=train_samples,
             workers=settings.data.num_workers,
             prefetch=settings.data.prefetch,
-            begin=begin,
+            warm_start=warm_start,
         )
         self.engine, self.loss_source = self.sampling.engine, self.sampling.loss_source
         self.chunks = build_model(settings, blend.vocab_size)
         self.optimizer = build_optimizer(settings, self.chunks)
         self.scheduler: Any = build_scheduler(settings, self.optimizer, self.engine.plan.schedule.iterations)
         schedule = get_forward_backward_func()
-        self.passes = Passes(settings, self.chunks, schedule, self.engine.replica, self.loss_source)
+        self.passes = Passes(settings, self.chunks, schedule, self.engine.grid, self.loss_source)
         self.forward_backward = self.sampling.wrap(schedule)
 
     def iterate(self) -> Iteration:

@@ -82,22 +82,6 @@ def shutdown() -> None:
     gc.collect()
 
 
-def rank_grid() -> list[list[int]]:
-    """World ranks of the run, [data-parallel rank][rank within the model: stages, then tensor ranks]; collective."""
-    tensor = parallel_state.get_tensor_model_parallel_world_size()
-    place = (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank() * tensor + parallel_state.get_tensor_model_parallel_rank(),
-    )
-    places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, place)
-    model_size = parallel_state.get_pipeline_model_parallel_world_size() * tensor
-    grid = [[0] * model_size for _ in range(data_parallel_size())]
-    for rank, (data_rank, model_rank) in enumerate(places):
-        grid[data_rank][model_rank] = rank
-    return grid
-
-
 def data_parallel_size() -> int:
     """Copies of the model in this run."""
     return parallel_state.get_data_parallel_world_size()

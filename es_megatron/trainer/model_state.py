@@ -189,22 +189,22 @@ def _layout() -> dict[str, int]:
 
 
 def _rng_place() -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Global shape, own offset and replica of random states: one for each stage and tensor rank."""
+    """Global shape, own offset and grid of random states: one for each stage and tensor rank."""
     layout = _layout()
     offset = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
     return (layout["pipeline"], layout["tensor"]), offset, parallel_state.get_data_parallel_rank()
 
 
 def _stored_bytes(state: object) -> int:
-    """Count the bytes this rank writes: of tensors whose first replica it holds."""
+    """Count the bytes this rank writes: of tensors whose first grid it holds."""
     if isinstance(state, dict):
         return sum(_stored_bytes(value) for value in state.values())  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     if isinstance(state, list | tuple):
         return sum(_stored_bytes(value) for value in state)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    data, replica = getattr(state, "data", None), getattr(state, "replica_id", None)
-    if not isinstance(data, torch.Tensor) or replica is None:
+    data, grid = getattr(state, "data", None), getattr(state, "replica_id", None)
+    if not isinstance(data, torch.Tensor) or grid is None:
         return 0
-    first = not any(replica) if isinstance(replica, tuple) else replica == 0  # pyright: ignore[reportUnknownArgumentType]
+    first = not any(grid) if isinstance(grid, tuple) else grid == 0  # pyright: ignore[reportUnknownArgumentType]
     return data.numel() * data.element_size() if first else 0
 
 

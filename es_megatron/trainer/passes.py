@@ -18,7 +18,7 @@ from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows, collate
 from es_megatron.frameworks.megatron_core import mask_of_partial
 from es_megatron.frameworks.scoring import join, sequence_losses, traceless
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer.model import forward_step
 from es_megatron.trainer.settings import PretrainSettings
 
@@ -38,7 +38,7 @@ class BarePasses(Protocol):
         ...
 
     @property
-    def replica(self) -> Replica:
+    def grid(self) -> RankGrid:
         """This rank's place."""
         ...
 
@@ -63,7 +63,7 @@ class Passes(NamedTuple):
     chunks: Chunks
     schedule: Callable[..., Any]
     """Megatron-Core's own forward-backward function."""
-    replica: Replica
+    grid: RankGrid
     loss_source: int
 
     def run(self, micro_batches: MicroBatches, **changes: Any) -> Any:
@@ -111,7 +111,7 @@ def evaluate(passes: BarePasses, domains: Mapping[str, Rows]) -> dict[str, float
     Returns:
         The same on every rank.
     """
-    settings, replica = passes.settings, passes.replica
+    settings, grid = passes.settings, passes.grid
     size = settings.training.micro_batch_size
     multiple = size * (settings.parallel.pipeline if settings.parallel.chunks > 1 else 1)
     losses: dict[str, float] = {}
@@ -119,16 +119,16 @@ def evaluate(passes: BarePasses, domains: Mapping[str, Rows]) -> dict[str, float
         count = min(settings.training.eval_samples, len(rows))  # pyright: ignore[reportArgumentType]
         if count == 0:
             continue
-        mine = np.arange(replica.dp_rank, count, replica.dp_size)
-        share = math.ceil(count / replica.dp_size)
+        mine = np.arange(grid.dp_rank, count, grid.dp_size)
+        share = math.ceil(count / grid.dp_size)
         length = math.ceil(share / multiple) * multiple
         padded = np.resize(mine, length) if len(mine) else np.zeros(length, np.int64)  # repeats are not counted
         samples = [rows[int(row)] for row in padded]
         micro_batches = [collate(samples[start : start + size]) for start in range(0, length, size)]
         found = passes.score(micro_batches)
         own = np.zeros(length, np.float32) if found is None else found
-        own = replica.broadcast_over_mp(own, passes.loss_source)[: len(mine)]
-        total = replica.sum_over_dp(np.asarray([own.sum(dtype=np.float64), len(own)]))
+        own = grid.broadcast_over_mp(own, passes.loss_source)[: len(mine)]
+        total = grid.sum_over_dp(np.asarray([own.sum(dtype=np.float64), len(own)]))
         losses[name] = float(total[0] / total[1])
     return losses
 
@@ -144,7 +144,7 @@ def calibrate(passes: BarePasses, zero: Callable[[], None]) -> Layout:
         The layout with measured times in seconds, the same on every rank.
     """
     settings, parallel = passes.settings, passes.settings.parallel
-    dp_size = passes.replica.dp_size
+    dp_size = passes.grid.dp_size
     own = settings.training.global_batch_size // dp_size
     train_size = settings.training.micro_batch_size
     score_size = settings.evolved_sampling.scoring_micro_batch_size or train_size
@@ -177,16 +177,16 @@ def quickest(passes: BarePasses, zero: Callable[[], None], runs: Sequence[Callab
     for turn in range(TIMED_TURNS + 1):
         for at, run in enumerate(runs):
             zero()
-            passes.replica.barrier()
+            passes.grid.barrier()
             begin = time.perf_counter()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            passes.replica.barrier()  # a pass is over when its last stage is
+            passes.grid.barrier()  # a pass is over when its last stage is
             if turn > 0:  # the first one pays for what is made once
                 best[at] = min(best[at], time.perf_counter() - begin)
     zero()
-    return passes.replica.tell(best).tolist()
+    return passes.grid.broadcast(best).tolist()
 
 
 def dummy_batch(settings: PretrainSettings, size: int) -> dict[str, Tensor]:

@@ -150,10 +150,10 @@ def test_a_background_save_that_fails_leaves_the_last_one_and_stops_every_rank(t
 
         write = es_state._write_scores
 
-        def broken(folder: Path, scores: Any, replica: Any) -> Any:
-            if "iter_0000008" in str(folder) and replica.world_rank == 1:
+        def broken(folder: Path, scores: Any, grid: Any) -> Any:
+            if "iter_0000008" in str(folder) and grid.world_rank == 1:
                 raise OSError(28, "No space left on device", str(folder))
-            return write(folder, scores, replica)
+            return write(folder, scores, grid)
 
         es_state._write_scores = broken
         with pytest.raises(CheckpointError, match=r"rank 1: .*iter_0000008.*No space left on device; free space"):

@@ -274,7 +274,7 @@ def test_a_skipped_iteration_leaves_no_score(ranks: int, overrides: tuple[str, .
         following = loop.evolve()
         assert following.chosen != skipped.chosen
         assert math.isfinite(float(following.gradients.sum()))
-        return scores_of(loop) != before or loop.sampling.engine.replica.dp_size > 1
+        return scores_of(loop) != before or loop.sampling.engine.grid.dp_size > 1
 
     assert all(run_on_ranks(ranks, run))
 
@@ -291,9 +291,9 @@ def test_scores_are_those_of_the_recurrence() -> None:
     engine = loop.sampling.engine
     told: dict[int, float] = {}
     sequence_losses = megatron_core.sequence_losses
-    begin = engine.begin
+    draw = engine.draw
     batches: list[Any] = []
-    engine.begin = lambda: batches.append(begin()) or batches[-1]  # pyright: ignore[reportAttributeAccessIssue]
+    engine.draw = lambda: batches.append(draw()) or batches[-1]  # pyright: ignore[reportAttributeAccessIssue]
     found: list[torch.Tensor] = []
 
     def noting(*args: Any) -> torch.Tensor:

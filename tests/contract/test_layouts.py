@@ -190,7 +190,7 @@ def test_a_rank_whose_copy_of_the_scores_differs_stops_the_run_everywhere(tmp_pa
     """Invariant 9 at run time."""
 
     def spoil(trainer: Trainer, iteration: int) -> None:
-        if iteration == 3 and trainer.replica.world_rank == 1:
+        if iteration == 3 and trainer.grid.world_rank == 1:
             trainer.engine.store.score[0] += 1
 
     overrides = (SHORT, "parallel.pipeline=2", "run.save_interval=6")

@@ -19,7 +19,6 @@ from es_megatron.trainer.model import (
     forward_step,
     initialize,
     padded_vocab_size,
-    rank_grid,
     settled_weights,
     unwrap,
 )
@@ -120,12 +119,6 @@ def test_a_stage_that_reads_data_needs_an_iterator():
     run = Run(settings_of())
     with pytest.raises(DataError, match="data iterator"):
         forward_step(None, run.chunks[0])
-
-
-@on_ranks(4)
-def test_rank_grid_lists_data_parallel_rows():
-    initialize(settings_of(ParallelSettings(pipeline=2)))
-    assert rank_grid() == [[0, 2], [1, 3]]
 
 
 @on_ranks(2)

@@ -157,7 +157,7 @@ def train_and_export(settings: Any, folder: Path) -> list[list[float]]:
     given["batches"].append([])
     trainer.run()
     assert not given["batches"].pop()
-    torch.save(given, folder / f"rank{trainer.replica.world_rank}.pt")
+    torch.save(given, folder / f"rank{trainer.grid.world_rank}.pt")
     return [list(pair) for pair in zip(history.reported, history.norm, strict=True)]
 
 

@@ -82,7 +82,7 @@ def score(loop: Loop) -> Any:
     """The scoring pass of the iteration that comes, and nothing else of it."""
     assert loop.sampling is not None
     engine = loop.sampling.engine
-    batch = engine.begin()
+    batch = engine.draw()
     assert loop.sampling.feed is not None
     loop.sampling.feed.fetch(batch)
     none = None if len(loop.chunks) == 1 else [None for _ in loop.chunks]

@@ -15,7 +15,7 @@ import pytest
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.mask import mask_bytes
 from es_megatron.errors import ConfigError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores import mask_memory
 from es_megatron.scores.mask_memory import MaskMemory
 from es_megatron.scores.store import ScoreStore
@@ -44,13 +44,13 @@ def mapped_bytes(name: str) -> int:
 
 
 def decide(folder: Path | None) -> Any:
-    replica = Replica.data_parallel()
+    grid = RankGrid.data_parallel()
     config = EvolvedSamplingConfig(
         preset="paper", pruning_ratio=0.3, mask_folder=None if folder is None else str(folder)
     )
-    store = ScoreStore(make_manifest((SAMPLES, 40)), config, replica)
+    store = ScoreStore(make_manifest((SAMPLES, 40)), config, grid)
     masks = [store.prune(0, 1), store.prune(1, 1), store.prune(0, 2)]
-    replica.barrier()  # the last file loses its name after the masks are there
+    grid.barrier()  # the last file loses its name after the masks are there
     left = [] if folder is None else os.listdir(folder)
     rows = [mask.select(np.arange(0, mask.count, 11)).tobytes() for mask in masks]
     packed = [mask.packed.tobytes() for mask in masks]
@@ -73,10 +73,10 @@ def test_ranks_of_a_node_map_the_masks_that_one_of_them_wrote(folder: Path) -> N
 
 def test_nodes_with_folders_of_their_own_do_not_share(tmp_path: Path) -> None:
     def decide_on_node() -> tuple[int, str]:
-        replica = Replica.data_parallel()
-        folder = tmp_path / f"node{replica.world_rank // 2}"
+        grid = RankGrid.data_parallel()
+        folder = tmp_path / f"node{grid.world_rank // 2}"
         folder.mkdir(exist_ok=True)
-        memory = MaskMemory(str(folder), replica)
+        memory = MaskMemory(str(folder), grid)
         mask = memory.share(np.asarray([0b101, 0b1], np.uint8), 9)
         assert mask.count == 3
         return int(memory._writes), memory._token
@@ -100,6 +100,6 @@ def test_a_full_node_is_told_on_every_rank(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
-    memory = MaskMemory(str(tmp_path / "missing"), Replica.alone())
+    memory = MaskMemory(str(tmp_path / "missing"), RankGrid.alone())
     with pytest.raises(ConfigError, match=r"missing.*No such file"):
         memory.share(np.zeros(1, np.uint8), 3)

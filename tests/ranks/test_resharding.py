@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es_megatron.algorithm.ownership import owned_range, owned_shards, owner_of, shard_bounds
+from es_megatron.algorithm.ownership import owned_range, owned_shards, shard_bounds
 from es_megatron.checkpoint import CheckpointDirectory, ScoreRange, load_es_state, save_es_state
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from tests.ranks_helper import run_on_ranks
 from tests.unit.naive import make_manifest
 
@@ -56,7 +56,7 @@ class Losses:
 
 def make_engine() -> EvolvedSampling:
     return EvolvedSampling(
-        CONFIG, manifest(), Replica.data_parallel(), meta_batch=META_BATCH, micro_batch=1, train_samples=40_000
+        CONFIG, manifest(), RankGrid.data_parallel(), meta_batch=META_BATCH, micro_batch=1, train_samples=40_000
     )
 
 
@@ -64,7 +64,7 @@ def steps(engine: EvolvedSampling, count: int) -> str:
     """Run iterations; a checksum of every global batch and choice."""
     crc, framework = 0, Losses(engine)
     for _ in range(count):
-        batch = engine.begin()
+        batch = engine.draw()
         framework.ids = batch.id
         engine.step(batch, framework)
         assert engine.last is not None
@@ -77,7 +77,7 @@ def steps(engine: EvolvedSampling, count: int) -> str:
 def whole_state(engine: EvolvedSampling) -> Any:
     """Scores and visits of all ranks, joined; masks and when they were decided."""
     store = engine.store
-    parts = engine.replica.gather_objects((store.score.tobytes(), store.visits.tobytes()))
+    parts = engine.grid.gather_objects((store.score.tobytes(), store.visits.tobytes()))
     masks = {key: mask.packed.tobytes() for key, mask in sorted(engine.sampler.masks.items())}
     return b"".join(p[0] for p in parts), b"".join(p[1] for p in parts), masks, dict(engine.decided)
 
@@ -85,24 +85,24 @@ def whole_state(engine: EvolvedSampling) -> Any:
 def first_part(root: Path) -> Any:
     engine = make_engine()
     steps(engine, BEFORE)
-    store, replica = engine.store, engine.replica
-    with CheckpointDirectory(root, 1, replica).saving(BEFORE) as folder:
+    store, grid = engine.store, engine.grid
+    with CheckpointDirectory(root, 1, grid).saving(BEFORE) as folder:
         save_es_state(
             folder / "es_state",
             ScoreRange(engine.manifest.total, store.low, store.score, store.visits),
             {key: mask.packed for key, mask in engine.sampler.masks.items()},
             {"engine": engine.state_dict()},
             engine.manifest.to_json(),
-            replica,
+            grid,
         )
     return whole_state(engine), steps(engine, AFTER), whole_state(engine)
 
 
 def second_part(root: Path) -> Any:
     engine = make_engine()
-    sizes, found = engine.manifest.sizes, CheckpointDirectory(root, 1, engine.replica).find()
+    sizes, found = engine.manifest.sizes, CheckpointDirectory(root, 1, engine.grid).find()
     assert found is not None
-    state = load_es_state(found / "es_state", engine.manifest.total, engine.replica, engine.manifest.to_json())
+    state = load_es_state(found / "es_state", engine.manifest.total, engine.grid, engine.manifest.to_json())
     masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in state.masks.items()}
     engine.load_state_dict(state.state["engine"], masks)
     engine.store.load(state.score, state.visits)
@@ -157,10 +157,7 @@ def test_ranges_of_any_number_of_ranks_are_made_of_the_same_shards(n: int) -> No
         assert ranges[-1][1] == n
         assert [high for _, high in ranges[:-1]] == [low for low, _ in ranges[1:]]
         assert set(np.ravel(ranges)) <= set(bounds.tolist())
-        owner = owner_of(probes, n, ranks)
-        assert all(
-            ranges[rank][0] <= i < ranges[rank][1] for i, rank in zip(probes.tolist(), owner.tolist(), strict=True)
-        )
+        assert all(sum(low <= i < high for low, high in ranges) == 1 for i in probes.tolist())
 
 
 def scores() -> tuple[np.ndarray, np.ndarray]:

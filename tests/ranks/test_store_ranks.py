@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from es_megatron.config import EvolvedSamplingConfig
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
 from tests.ranks_helper import run_on_ranks
 from tests.unit.naive import make_manifest
@@ -31,15 +31,15 @@ def run(settings: dict[str, Any], scores: str) -> Any:
     store = ScoreStore(
         manifest,
         EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": 0.3, "seed": 3, **settings}),
-        Replica.data_parallel(),
+        RankGrid.data_parallel(),
     )
-    replica, random = store.replica, np.random.default_rng(0)
+    grid, random = store.grid, np.random.default_rng(0)
     weights = []
     for iteration in range(40):
         ids = random.choice(manifest.total, 32, replace=iteration % 3 == 0)
         loss = losses_of(scores, ids, random)
         component, _ = manifest.locate(ids)
-        own = np.arange(32) % replica.dp_size == replica.dp_rank
+        own = np.arange(32) % grid.dp_size == grid.dp_rank
         found, shared = store.exchange(ids, np.where(own, loss, np.float32(0)))
         np.testing.assert_array_equal(shared, loss)
         weights.append(store.evolve(iteration, ids, found, store.usable(component, found), shared).tobytes())
@@ -48,7 +48,7 @@ def run(settings: dict[str, Any], scores: str) -> Any:
         store.commit(iteration)
     masks = {(c, e): store.prune(c, e).packed.tobytes() for c in range(len(SIZES)) for e in EPOCHS}
     means = store.component_means().tobytes()
-    parts = replica.gather_objects((store.low, store.score.tobytes(), store.visits.tobytes()))
+    parts = grid.gather_objects((store.low, store.score.tobytes(), store.visits.tobytes()))
     assert [part[0] for part in parts] == sorted(part[0] for part in parts)
     return weights, masks, means, b"".join(part[1] for part in parts), b"".join(part[2] for part in parts)
 
@@ -93,7 +93,9 @@ def test_equal_keys_go_to_the_lower_id() -> None:
     def keep() -> list[int]:
         store_module.uniforms = lambda *_: np.full(_[-1], 0.5)
         manifest = make_manifest((200,))
-        store = ScoreStore(manifest, EvolvedSamplingConfig(preset="paper", pruning_ratio=0.37), Replica.data_parallel())
+        store = ScoreStore(
+            manifest, EvolvedSamplingConfig(preset="paper", pruning_ratio=0.37), RankGrid.data_parallel()
+        )
         return np.flatnonzero(store.prune(0, 1).to_bool()).tolist()
 
     for ranks in (1, 2, 3, 4):
@@ -105,18 +107,18 @@ def test_copies_of_a_range_agree() -> None:
     """Two data-parallel ranks of two model-parallel ranks each."""
 
     def run_grid() -> tuple[int, int, bytes]:
-        replica = Replica.of_grid([[0, 1], [2, 3]])
+        grid = RankGrid.of_grid([[0, 1], [2, 3]])
         manifest = make_manifest(SIZES)
-        store = ScoreStore(manifest, EvolvedSamplingConfig(preset="paper", pruning_ratio=0.3), replica)
+        store = ScoreStore(manifest, EvolvedSamplingConfig(preset="paper", pruning_ratio=0.3), grid)
         random = np.random.default_rng(0)
         for iteration in range(5):
             ids = random.choice(manifest.total, 32, replace=False)
             found, shared = store.exchange(
-                ids, np.where(np.arange(32) % 2 == replica.dp_rank, np.float32(2), np.float32(0))
+                ids, np.where(np.arange(32) % 2 == grid.dp_rank, np.float32(2), np.float32(0))
             )
             store.evolve(iteration, ids, found, store.usable(manifest.locate(ids)[0], found), shared)
             store.commit(iteration)
-        return replica.dp_rank, store.checksum(), store.prune(0, 1).packed.tobytes()
+        return grid.dp_rank, store.checksum(), store.prune(0, 1).packed.tobytes()
 
     told = run_on_ranks(4, run_grid)
     assert told[0] == told[1]

@@ -17,23 +17,23 @@ from safetensors.numpy import load_file
 from es_megatron.algorithm.ownership import shard_bounds
 from es_megatron.checkpoint import EsState, ScoreRange, check_manifest, disk, es_state, load_es_state, save_es_state
 from es_megatron.errors import CheckpointError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from tests.checkpoint_helper import MANIFEST, MASKS, Disk, make_scores, on_threads, own_scores
 
 STATE = {"iteration": 7, "positions": [2**60 + 1, 3], "policy": {"weights": [0.1, 1e-300, float("inf")]}}
-ALONE = Replica.alone()
+ALONE = RankGrid.alone()
 
 
 def save(folder: Path, n: int, dp_size: int, mp_size: int = 1, seed: int = 0) -> list[Any]:
-    def body(replica: Replica) -> Any:
-        masks = MASKS if replica.world_rank == 0 else {}
-        return save_es_state(folder, own_scores(n, replica, seed), masks, STATE, MANIFEST, replica)
+    def body(grid: RankGrid) -> Any:
+        masks = MASKS if grid.world_rank == 0 else {}
+        return save_es_state(folder, own_scores(n, grid, seed), masks, STATE, MANIFEST, grid)
 
     return on_threads(dp_size, body, mp_size)
 
 
 def load(folder: Path, n: int, dp_size: int, mp_size: int = 1) -> list[Any]:
-    return on_threads(dp_size, lambda replica: load_es_state(folder, n, replica), mp_size)
+    return on_threads(dp_size, lambda grid: load_es_state(folder, n, grid), mp_size)
 
 
 def check_whole(states: list[EsState], n: int, mp_size: int = 1, seed: int = 0) -> None:
@@ -105,7 +105,7 @@ def test_the_stock_library_reads_it(saved: Path) -> None:
 
 def test_a_rank_reads_only_what_it_owns(saved: Path) -> None:
     (saved / "scores-00001-of-00002.safetensors").unlink()
-    answers = on_threads(2, lambda replica: es_state._read(saved, 103, replica, None))
+    answers = on_threads(2, lambda grid: es_state._read(saved, 103, grid, None))
     assert isinstance(answers[0], EsState)
     assert isinstance(answers[1], CheckpointError)
 

@@ -11,10 +11,10 @@ import pytest
 
 from es_megatron.checkpoint import CheckpointDirectory, disk, load_es_state, save_es_state
 from es_megatron.errors import CheckpointError, ConfigError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from tests.checkpoint_helper import MANIFEST, MASKS, Crash, Disk, on_threads, own_scores
 
-ALONE = Replica.alone()
+ALONE = RankGrid.alone()
 N = 3
 FILES = [
     "checksums.json",
@@ -107,7 +107,7 @@ def test_nothing_usable_is_an_error_on_every_rank(tmp_path: Path) -> None:
     for iteration in (5, 10):
         save(tmp_path, iteration)
         (tmp_path / f"iter_{iteration:07d}" / "notes.txt").unlink()
-    errors = on_threads(3, lambda replica: CheckpointDirectory(tmp_path, 2, replica).find())
+    errors = on_threads(3, lambda grid: CheckpointDirectory(tmp_path, 2, grid).find())
     assert len({str(error) for error in errors}) == 1
     assert isinstance(errors[0], CheckpointError)
     assert "None of the 2 checkpoints" in str(errors[0])
@@ -120,11 +120,11 @@ def test_ranks_share_the_reading_and_agree(tmp_path: Path, monkeypatch: pytest.M
     read_files: list[str] = []
     original = disk.checksum_file
     monkeypatch.setattr(disk, "checksum_file", lambda path, **k: (read_files.append(path.name), original(path, **k))[1])
-    found = on_threads(4, lambda replica: CheckpointDirectory(tmp_path, 2, replica).find())
+    found = on_threads(4, lambda grid: CheckpointDirectory(tmp_path, 2, grid).find())
     assert found == [tmp_path / "iter_0000010"] * 4
     assert sorted(read_files) == sorted(Path(name).name for name in FILES if name != "checksums.json")
     (tmp_path / "iter_0000010" / "notes.txt").write_text("other")
-    found = on_threads(4, lambda replica: CheckpointDirectory(tmp_path, 2, replica).find())
+    found = on_threads(4, lambda grid: CheckpointDirectory(tmp_path, 2, grid).find())
     assert found == [tmp_path / "iter_0000005"] * 4
 
 
@@ -182,10 +182,10 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 def test_a_body_that_fails_on_one_rank_drops_the_checkpoint_on_all(tmp_path: Path) -> None:
     save(tmp_path, 5)
 
-    def body(replica: Replica) -> None:
-        with CheckpointDirectory(tmp_path, 2, replica).saving(10) as folder:
-            (folder / f"rank{replica.world_rank}").write_text("x")
-            if replica.world_rank == 1:
+    def body(grid: RankGrid) -> None:
+        with CheckpointDirectory(tmp_path, 2, grid).saving(10) as folder:
+            (folder / f"rank{grid.world_rank}").write_text("x")
+            if grid.world_rank == 1:
                 raise ValueError("no weights")
 
     errors = on_threads(3, body)
@@ -207,12 +207,12 @@ def test_nothing_written_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_ranks_do_not_share_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def body(replica: Replica) -> None:
-        root = tmp_path / f"node{replica.world_rank}"
+    def body(grid: RankGrid) -> None:
+        root = tmp_path / f"node{grid.world_rank}"
         partial = root / "iter_0000005.partial"
         partial.mkdir(parents=True)
-        (partial / f"rank{replica.world_rank}").write_text("x")
-        CheckpointDirectory(root, 2, replica).commit(5)
+        (partial / f"rank{grid.world_rank}").write_text("x")
+        CheckpointDirectory(root, 2, grid).commit(5)
 
     # Two ranks, of which each is to read one of the two files it sees: rank 1 only has its own.
     monkeypatch.setattr("es_megatron.checkpoint.rotation._share", lambda sizes, _: list(sizes))

@@ -14,7 +14,7 @@ from es_megatron.core.choosing import Chooser, Known
 from es_megatron.core.plan import plan_run
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError, LossError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 
 B = 16
 MANIFEST = Manifest((Component("a", "a", 4000, 1.0, "f"),), 8)
@@ -22,7 +22,7 @@ MANIFEST = Manifest((Component("a", "a", 4000, 1.0, "f"),), 8)
 
 def chooser(**changes) -> Chooser:
     config = EvolvedSamplingConfig(preset="paper", **changes)
-    return Chooser(plan_run(config, MANIFEST, B, 2, 4000), Replica.alone(), 2)
+    return Chooser(plan_run(config, MANIFEST, B, 2, 4000), RankGrid.alone(), 2)
 
 
 def known(loss) -> Known:
@@ -55,7 +55,7 @@ def test_parts_choose_as_many_smaller_meta_batches_would():
     whole = chooser(policy="adaselection", selection_parts=2)
     positions = whole.choose(5, known(loss)).positions.tolist()
     plan = plan_run(EvolvedSamplingConfig(preset="paper", policy="adaselection"), MANIFEST, B // 2, 2, 4000)
-    half = Chooser(plan, Replica.alone(), 2)
+    half = Chooser(plan, RankGrid.alone(), 2)
     gathered = half.choose(5, known(loss[: B // 2])).positions.tolist()
     half.commit()
     gathered += [B // 2 + p for p in half.choose(5, known(loss[B // 2 :])).positions.tolist()]

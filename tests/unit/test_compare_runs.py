@@ -26,7 +26,7 @@ from es_megatron.bench.runs import (
 from es_megatron.bench.spec import read_spec
 from es_megatron.checkpoint import ScoreRange, save_es_state
 from es_megatron.errors import CheckpointError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from tests.unit.naive import make_manifest
 from tests.unit.test_compare_spec import PATH, changed
 
@@ -109,7 +109,7 @@ def test_initial_scores_count_by_content_wherever_they_stand(spec, tmp_path):
     manifest, found = make_manifest((5, 3)), []
     for name, score, seconds in (("here", 2.0, 1.0), ("there", 2.0, 7.5), ("other", 3.0, 1.0)):
         scores = ScoreRange(8, 0, np.full(8, score, np.float32), np.ones(8, np.uint8))
-        save_es_state(tmp_path / name, scores, {}, {"seconds": seconds}, manifest.to_json(), Replica.alone())
+        save_es_state(tmp_path / name, scores, {}, {"seconds": seconds}, manifest.to_json(), RankGrid.alone())
         made["evolved_sampling"]["initial_scores"] = str(tmp_path / name)
         found.append(identity_of(made, BLEND))
     assert found[0] == found[1] != found[2], "scores and samples count, not how long it took"

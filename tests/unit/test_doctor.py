@@ -17,7 +17,7 @@ from packaging.version import Version
 from es_megatron.checkpoint.es_state import ScoreRange, save_es_state
 from es_megatron.checks import doctor, versions
 from es_megatron.patching import read_patches
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 
 ROWS, LENGTH = 8, 16
 
@@ -46,7 +46,7 @@ def asked(**given) -> argparse.Namespace:
 def test_this_machine_passes_and_tells_what_was_not_checked(monkeypatch, capsys):
     for name in ("MASTER_ADDR", "NNODES", "SLURM_NNODES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
-    assert doctor.run(asked()) == 0
+    assert doctor.run_doctor(asked()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "nothing to cure"
     assert "OK    gloo: a group of one adds up" in lines
@@ -56,7 +56,7 @@ def test_this_machine_passes_and_tells_what_was_not_checked(monkeypatch, capsys)
 
 def test_anything_to_cure_gives_exit_code_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "try_gloo", lambda: doctor.Finding("OK", "gloo", ""))
-    assert doctor.run(asked(blend=tmp_path / "none.yaml")) == 1
+    assert doctor.run_doctor(asked(blend=tmp_path / "none.yaml")) == 1
     assert "1 thing to cure" in capsys.readouterr().out
 
 
@@ -157,7 +157,7 @@ def test_data_opens_or_the_cure_is_named(tmp_path):
 def save_scores(folder: Path, manifest) -> None:
     scores = ScoreRange(ROWS, 0, np.zeros(ROWS, np.float32), np.zeros(ROWS, np.uint8))
     (folder / "iter_0000010").mkdir(parents=True)
-    save_es_state(folder / "iter_0000010" / "es_state", scores, {}, {}, manifest.to_json(), Replica.alone())
+    save_es_state(folder / "iter_0000010" / "es_state", scores, {}, {}, manifest.to_json(), RankGrid.alone())
 
 
 def test_scores_of_other_data_and_damaged_ones_are_found(tmp_path):

@@ -16,7 +16,7 @@ from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.permutation import permutation
 from es_megatron.errors import CheckpointError, LayoutError, LossError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from tests.unit.naive import make_manifest
 
 B = 16
@@ -59,7 +59,7 @@ class Fake:
         return Trained("result", self.of(work.positions) if work.capture else None)
 
     def iterate(self, *, succeeded: bool = True) -> Any:
-        self.batch = self.engine.begin()
+        self.batch = self.engine.draw()
         assert self.engine.step(self.batch, self) == "result"
         self.engine.finish(succeeded)
         return self.engine.last
@@ -71,7 +71,7 @@ def make(
     options = {"pruning_ratio": 0.3, "mask_lag": 3, "seed": 5, "max_bad_losses": 0.5, **settings}
     config = EvolvedSamplingConfig(preset="paper", **options)
     blend = manifest or make_manifest(SIZES)
-    return EvolvedSampling(config, blend, Replica.alone(), meta_batch=B, micro_batch=micro, train_samples=samples)
+    return EvolvedSampling(config, blend, RankGrid.alone(), meta_batch=B, micro_batch=micro, train_samples=samples)
 
 
 class Naive:
@@ -220,7 +220,7 @@ def test_a_rerun_counts_once_and_a_skip_not_at_all() -> None:
     fake.iterate(succeeded=False)
     assert engine.store.checksum() == before
     assert engine.iteration == 5
-    fake.batch = engine.begin()
+    fake.batch = engine.draw()
     wrong = Fake(engine, lambda n, t: 77.0)
     wrong.batch = fake.batch
     engine.step(fake.batch, wrong)
@@ -342,7 +342,7 @@ def test_state_comes_back_only_into_the_same_run() -> None:
 
 
 def test_copies_that_differ_are_told_apart() -> None:
-    class TwoRanks(Replica):
+    class TwoRanks(RankGrid):
         def gather_objects(self, value: Any) -> list[Any]:
             data_rank, _, checksum = value
             return [(data_rank, 0, checksum), (data_rank, 1, self.other(checksum))]
@@ -351,9 +351,9 @@ def test_copies_that_differ_are_told_apart() -> None:
             return checksum + wrong
 
     engine = make()
-    engine.replica = TwoRanks(0, 1, 0, 2, 0, 2)
+    engine.grid = TwoRanks(0, 1, 0, 2, 0, 2)
     wrong = 0
-    engine.check_replicas()
+    engine.check_copies()
     wrong = 1
     with pytest.raises(LayoutError, match=r"data-parallel rank 0 must be equal .* differ before iteration 0"):
-        engine.check_replicas()
+        engine.check_copies()

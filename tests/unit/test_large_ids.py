@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from es_megatron.algorithm.ownership import owned_range, owner_of
+from es_megatron.algorithm.ownership import owned_range
 from es_megatron.algorithm.randomness import Purpose, raw
 from es_megatron.algorithm.selection import positions_of
 from es_megatron.config import EvolvedSamplingConfig
@@ -14,7 +14,7 @@ from es_megatron.data.blend import MAX_DRAWS, Blend
 from es_megatron.data.permutation import ROUNDS, FeistelPermutation, radices, scramble
 from es_megatron.data.sampler import Sampler
 from es_megatron.data.schedule import Schedule
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
 from tests.unit.naive import make_manifest
 
@@ -126,15 +126,15 @@ def test_batches_of_large_ids_are_the_same_for_every_number_of_ranks(sizes, seed
 @given(n=LARGE, ranks=st.integers(160, 400), data=st.data())
 def test_scores_of_large_ids_land_on_their_owner_alone(n, ranks, data):
     ids = near_powers(n, data)
-    owners = owner_of(ids, n, ranks)
-    rank = int(data.draw(st.sampled_from(np.unique(owners).tolist())))
+    picked = data.draw(st.sampled_from(ids.tolist()))
+    rank = next(r for r in range(ranks) if picked < owned_range(n, r, ranks)[1])
     low, high = owned_range(n, rank, ranks)
     ids = np.unique(np.concatenate([ids, [low, high - 1]]))
     own = (ids >= low) & (ids < high)
     store = ScoreStore(
         make_manifest([n // 3, n - n // 3]),
         EvolvedSamplingConfig(preset="paper"),
-        Replica(rank, ranks, 0, 1, 0, 1),
+        RankGrid(rank, ranks, 0, 1, 0, 1),
     )
     loss = np.random.default_rng(0).lognormal(0, 1, len(ids)).astype(np.float32)
     found = store.lookup_local(ids)

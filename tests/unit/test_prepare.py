@@ -401,7 +401,7 @@ def test_the_command_line_reaches_every_setting(
     ]
     for component in two_components:
         arguments += ["--component", component]
-    assert command.run(parser.parse_args([*arguments, "--no-progress"])) == 0
+    assert command.run_prepare(parser.parse_args([*arguments, "--no-progress"])) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert f"{report['components'][1]['train']['tokens']:,}" in printed

@@ -11,7 +11,7 @@ from es_megatron.algorithm.pruners import PRUNERS, Block
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
 
 N = 1000
@@ -65,7 +65,7 @@ def store_of(pruner: str, *options: str, ratio: float = 0.2) -> ScoreStore:
     """A store of one component with scores 0.001, 0.002, ..., 1.0, all seen."""
     manifest = Manifest((Component("a", "a", N, 1.0, "f"),), 8)
     config = EvolvedSamplingConfig(preset="paper", pruner=pruner, pruner_options=options, pruning_ratio=ratio)
-    store = ScoreStore(manifest, config, Replica.alone())
+    store = ScoreStore(manifest, config, RankGrid.alone())
     store.load(np.arange(1, N + 1, dtype=np.float32) / N, np.full(N, 3, np.uint8))
     return store
 

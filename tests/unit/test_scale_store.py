@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from es_megatron.algorithm.pruning import prune
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import ConfigError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores import store as store_module
 from es_megatron.scores.store import ScoreStore, allocate
 from es_megatron.scores.threshold import find_bracket, mark_kept, sample_count
 from tests.unit.naive import make_manifest
 
-ALONE = Replica.alone()
+ALONE = RankGrid.alone()
 
 
 def make(**settings: Any) -> ScoreStore:

@@ -15,11 +15,11 @@ from es_megatron.checkpoint import ScoreRange, save_es_state
 from es_megatron.checkpoint.es_state import load_es_state
 from es_megatron.cli import main
 from es_megatron.data.manifest import Component, Manifest
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.score_files import files as score_files
 from tests.unit.naive import make_manifest
 
-ALONE = Replica.alone()
+ALONE = RankGrid.alone()
 SIZES = (3000, 50, 7)
 T = 16
 

@@ -13,7 +13,7 @@ from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError
-from es_megatron.rank_grid import Replica
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
 from tests.unit.naive import make_manifest
 
@@ -22,7 +22,7 @@ SIZES = (300, 40, 3)
 
 def make(manifest: Manifest | None = None, **settings: Any) -> ScoreStore:
     config = EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": 0.3, "seed": 5, **settings})
-    return ScoreStore(manifest or make_manifest(SIZES), config, Replica.alone())
+    return ScoreStore(manifest or make_manifest(SIZES), config, RankGrid.alone())
 
 
 def learn(store: ScoreStore, iteration: int, ids: Any, loss: Any) -> Any:
