@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scale_prune import config, one_component
+from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
 
@@ -43,13 +44,13 @@ def kept_frequency(samples: int, variant: str, seed: int = 0) -> dict[str, Any]:
         true = difficulty * (2.0 + 2.0 / (1 + epoch))
         rows = np.arange(samples)
         if epoch:
-            mask = store.prune(0, epoch).to_bool()
+            mask = EpochPruning(store).prune(0, epoch).to_bool()
             kept += mask
             rows = np.flatnonzero(mask)
             selective.append(float(true[rows].mean() / true.mean()))
         loss = (true[rows] * random.lognormal(0, 0.1, len(rows))).astype(np.float32)
-        found = store.lookup_local(rows)
-        store.evolve(epoch, rows, found, store.usable(np.zeros(len(rows), np.int64), found), loss)
+        found = store.lookup(rows)
+        store.evolve(epoch, rows, found, loss)
         store.commit(epoch)
     return {
         "variant": variant,

@@ -11,9 +11,10 @@ from benchmarks.scale_measure import measured
 from es_megatron.algorithm.pruning import kept_count
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.epoch_pruning import EpochPruning, Scale
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.rank_grid import RankGrid
-from es_megatron.scores.store import Lookup, ScoreStore
+from es_megatron.scores.store import ScoreStore
 from es_megatron.scores.threshold import sample_count
 
 RATIO = 0.2
@@ -44,7 +45,7 @@ def prune(samples: int) -> dict[str, Any]:
     store = ScoreStore(one_component(samples), config(), RankGrid.alone())
     fill(store)
     with measured() as cost:
-        mask = store.prune(0, 1)
+        mask = EpochPruning(store).prune(0, 1)
     assert mask.count == kept_count(samples, RATIO)
     return {
         "samples": samples,
@@ -65,7 +66,7 @@ def argpartition(samples: int) -> dict[str, Any]:
         keys = -np.log(uniform) / weight
         kept = np.zeros(samples, np.bool_)
         kept[np.argpartition(keys, count - 1)[:count]] = True
-    same = bool(np.array_equal(store.prune(0, 1).packed, np.packbits(kept, bitorder="little")))
+    same = bool(np.array_equal(EpochPruning(store).prune(0, 1).packed, np.packbits(kept, bitorder="little")))
     return {
         "samples": samples,
         "ns_per_sample": 1e9 * cost.cpu_seconds / samples,
@@ -99,30 +100,31 @@ class OneOfMany(RankGrid):
         return array * self.dp_size if array.dtype == np.int64 else array
 
 
-class ShareStore(ScoreStore):
-    """One rank's range of a store whose other ranges are elsewhere; its bracket is sampled from its own rows."""
+class SharePruning(EpochPruning):
+    """Pruning on one rank whose peers are elsewhere; its bracket is sampled from its own rows."""
 
-    def _sample_keys(self, component: int, epoch: int, unseen: float, mean: float) -> Any:
-        slots = np.linspace(0, len(self.score) - 1, sample_count(self.manifest.total)).astype(np.int64)
+    def _sample_keys(self, component: int, epoch: int, scale: Scale) -> Any:
+        score, visits = self.store.score, self.store.visits
+        slots = np.linspace(0, len(score) - 1, sample_count(self.store.manifest.total)).astype(np.int64)
         uniform = np.random.default_rng(0).random(len(slots))
-        return self._key(Lookup(self.score[slots], self.visits[slots]), uniform, epoch, unseen, mean)
+        return self._key(score[slots], visits[slots], uniform, epoch, scale)
 
 
 def share(samples: int, ranks: int) -> dict[str, Any]:
     """What one of many ranks does for real: its own range, its own part of the decision, and the whole mask."""
     rank = ranks // 2
-    store = ShareStore(one_component(samples), config(), OneOfMany(rank, ranks, 0, 1, 0, 1))
+    store = ScoreStore(one_component(samples), config(), OneOfMany(rank, ranks, 0, 1, 0, 1))
     fill(store)
     held = len(store.score)
     with measured() as cost:
-        mask = store.prune(0, 1)
+        mask = SharePruning(store).prune(0, 1)
     ids = np.random.default_rng(1).integers(0, samples, 16_384)
     loss = np.ones(len(ids), np.float32)
     steps = 20
     with measured() as step:
         for iteration in range(steps):
-            found = store.lookup_local(ids)
-            store.evolve(iteration, ids, found, found.score, loss)
+            found = store.lookup(ids)
+            store.evolve(iteration, ids, found, loss)
             store.commit(iteration)
     ranks_of_kept = np.random.default_rng(2).integers(0, mask.count, 1 << 17)
     with measured() as select:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -18,9 +17,6 @@ T = TypeVar("T")
 
 TERMS = ("arm", "anneal", "pruning_ratio", "keep_ratio", "mask_lag", "seed", "policy", "pruner", "correction", "decay")
 """Fields, and derived values, that a checkpoint and the run that goes on from it must have in common."""
-
-PREFIX_MULTIPLE = 8
-"""What the tokens that the `prefix` scorer reads are a multiple of."""
 
 Arm = Literal["es", "plain", "uniform", "uniform-prune", "shortened", "shuffled"]
 Scorer = Literal["fresh", "history", "every-k", "prefix", "external"]
@@ -127,18 +123,14 @@ class EvolvedSamplingConfig:
     max_bad_losses: float = 0.1
     """Share of a meta-batch that may have a non-finite loss, in [0, 1], before the run stops."""
 
-    match_cost: bool = False
-    """Do not read `keep_ratio` for the choice, but train on as many sequences of each meta-batch as make the run cost
-    the same as Evolved Sampling with fresh scores and this `keep_ratio`."""
-
     budget: float | None = None
     """What the run may cost, as a share of the plain run's forward and backward work (backward = 2 forward), in (0, 1].
     `keep_ratio` is not read: as many sequences are chosen as reach it, and the run is cut to it; `plain` ignores it."""
 
     scoring_cost: float | None = None
     """What a scoring pass over a whole sequence costs in forward passes, where training on it costs 3, above 0; as
-    measured, that is 3 * scoring / (forward + backward) seconds. `budget`, `match_cost` and the guard count with
-    it. None: 1."""
+    measured, that is 3 * scoring / (forward + backward) seconds. `budget` and the guard count with it. None:
+    1."""
 
     guard: Guard = "off"
     """What to fall back to when selection does not pay: `uniform` (no more scoring passes, and as many more sequences
@@ -202,11 +194,6 @@ class EvolvedSamplingConfig:
                 f"`{name}` must be off with `granularity: microbatch`: it is about single sequences. "
                 "Use `granularity: sample`."
             )
-        if self.match_cost and (not self.selects or self.budget is not None):
-            other = "with `budget`" if self.selects else f"for arm `{self.arm}`"
-            raise ConfigError(
-                f"`match_cost` must be off {other}: it sets how many sequences are chosen. Leave one of them out."
-            )
         if self.scorer == "external" and self.initial_scores is None:
             raise ConfigError(
                 "`initial_scores` must be given with `scorer: external`, which chooses by them. Name a folder of "
@@ -241,37 +228,6 @@ class EvolvedSamplingConfig:
         if self.score_correction is not None:
             return self.score_correction
         return "paper" if self.scorer in ("fresh", "prefix") else "debiased"
-
-    def scored_tokens(self, seq_length: int) -> int:
-        """First tokens of a sequence that its score is about: all, but for the `prefix` scorer."""
-        if self.scorer != "prefix":
-            return seq_length
-        return min(seq_length, math.ceil(self.prefix_share * seq_length / PREFIX_MULTIPLE) * PREFIX_MULTIPLE)
-
-    @property
-    def makes_passes(self) -> bool:
-        """Whether the run makes scoring passes of its own."""
-        return self.scores and self.scorer in ("fresh", "prefix", "every-k")
-
-    @property
-    def learns(self) -> bool:
-        """Whether losses change scores."""
-        return self.scores and self.scorer != "external"
-
-    @property
-    def scores(self) -> bool:
-        """Whether this arm keeps scores at all."""
-        return self.arm in ("es", "shuffled")
-
-    @property
-    def selects(self) -> bool:
-        """Whether this arm ever trains on fewer than the whole meta-batch."""
-        return self.arm not in ("plain", "shortened")
-
-    @property
-    def prunes(self) -> bool:
-        """Whether this arm leaves samples out of epochs."""
-        return self.pruning_ratio > 0 and self.arm in ("es", "shuffled", "uniform-prune")
 
 
 def require(holds: bool, name: str, rule: str, value: object) -> None:

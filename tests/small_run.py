@@ -152,7 +152,7 @@ def train(settings: PretrainSettings, before_step: Hook = nothing, after: Hook =
 def watch(trainer: Trainer, history: History, before_step: Hook, after: Hook) -> None:
     """Note every iteration of a trainer."""
     backend: Any = trainer.backend
-    iterate, forward_backward, prune = backend.iterate, backend.forward_backward, trainer.engine.store.prune
+    iterate, forward_backward, prune = backend.iterate, backend.forward_backward, trainer.engine.epochs.pruning.prune
 
     def watched_forward_backward(**call: Any) -> Any:
         results = forward_backward(**call)
@@ -178,7 +178,7 @@ def watch(trainer: Trainer, history: History, before_step: Hook, after: Hook) ->
 
     backend.forward_backward = watched_forward_backward
     backend.iterate = watched_iterate
-    trainer.engine.store.prune = watched_prune  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.engine.epochs.pruning.prune = watched_prune  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def audit_of(directory: Path) -> list[list[int]]:

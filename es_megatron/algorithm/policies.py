@@ -31,8 +31,8 @@ EXCLUDED = 1e-306
 class Evidence(NamedTuple):
     """What is known of a meta-batch when it is chosen from; every loss in it is finite."""
 
-    loss_B: Float64
-    """Mean token loss at the current parameters, in nats; where no fresh pass was made, the stored score."""
+    estimate_B: Float64
+    """Mean token loss at the current parameters as far as is known, in nats: fresh, or the stored score as used."""
     weight_B: Float64
     """The weight of Evolved Sampling (eq. 2.5); without a fresh pass the stored score."""
     norm_B: Float64 | None
@@ -108,7 +108,7 @@ class UniformPolicy(Policy):
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
-        return Weighed(np.ones(len(evidence.loss_B)), state)
+        return Weighed(np.ones(len(evidence.estimate_B)), state)
 
 
 @POLICIES.register("loss")
@@ -118,7 +118,7 @@ class LossPolicy(Policy):
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
-        return Weighed(np.maximum(evidence.loss_B, np.finfo(np.float32).tiny), state)
+        return Weighed(np.maximum(evidence.estimate_B, np.finfo(np.float32).tiny), state)
 
 
 @POLICIES.register("order")
@@ -131,7 +131,7 @@ class BigLossPolicy(Policy):
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
-        return Weighed(evidence.loss_B, state)
+        return Weighed(evidence.estimate_B, state)
 
 
 @POLICIES.register("small-loss")
@@ -143,7 +143,7 @@ class SmallLossPolicy(Policy):
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
-        return Weighed(-evidence.loss_B, state)
+        return Weighed(-evidence.estimate_B, state)
 
 
 @POLICIES.register("grad-norm")
@@ -183,7 +183,9 @@ class AdaBoostPolicy(Policy):
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
-        return Weighed(np.maximum(np.arctanh(scaled(evidence.loss_B, self.largest)), np.finfo(np.float32).tiny), state)
+        return Weighed(
+            np.maximum(np.arctanh(scaled(evidence.estimate_B, self.largest)), np.finfo(np.float32).tiny), state
+        )
 
 
 @POLICIES.register("coreset-1")
@@ -195,7 +197,7 @@ class ExtremesPolicy(Policy):
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
-        return Weighed(extremes(evidence.loss_B), state)
+        return Weighed(extremes(evidence.estimate_B), state)
 
 
 @POLICIES.register("coreset-2")
@@ -207,7 +209,7 @@ class MeanPolicy(Policy):
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
-        return Weighed(-np.abs(evidence.loss_B - evidence.loss_B.mean()), state)
+        return Weighed(-np.abs(evidence.estimate_B - evidence.estimate_B.mean()), state)
 
 
 LARGEST_STEP = 30.0
@@ -248,7 +250,7 @@ class AdaSelectionPolicy(Policy):
 
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """See `Policy.weigh`."""
-        loss_B = evidence.loss_B
+        loss_B = evidence.estimate_B
         ranks_MB = np.stack([self._ranking(name, loss_B) for name in self.methods])
         alpha_MB = softmax(ranks_MB)
         top_Mb = np.argsort(-ranks_MB, axis=1, kind="stable")[:, : evidence.chosen]

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ PREPARE = ("--demo", "--vocab-size", "2000", "--max-megabytes", "0.7", "--valida
 ARMS: Mapping[str, tuple[str, ...]] = {
     "plain": ("evolved_sampling.arm=plain", "evolved_sampling.pruning_ratio=0"),
     "eswp": (),
-    "uniform": ("evolved_sampling.arm=uniform", "evolved_sampling.match_cost=true"),
+    "uniform": ("evolved_sampling.arm=uniform",),
 }
 TITLES = {"plain": "plain", "eswp": "ESWP (paper)", "uniform": "uniform, cost of ESWP"}
 TIE = 0.01
@@ -44,7 +44,12 @@ def run_demo(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     if not (directory / "data" / "blend.yaml").exists():
         call([sys.executable, "-m", "es_megatron.cli", "prepare", *PREPARE, "--output", str(directory / "data")])
-    summaries = {arm: train(arm, arguments) for arm in ARMS}
+    summaries: dict[str, dict[str, Any]] = {}
+    for arm, changes in ARMS.items():
+        # the last arm may spend what the one before it has spent
+        budget = summaries["eswp"]["cost"] / summaries["plain"]["cost"] if "eswp" in summaries else None
+        more = () if budget is None else (f"evolved_sampling.budget={budget}",)
+        summaries[arm] = train(arm, (*changes, *more), arguments)
     document: dict[str, Any] = {
         "prepared_with": " ".join(["es-megatron prepare", *PREPARE]),
         "arms": summaries,
@@ -61,7 +66,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def train(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def train(arm: str, changes: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Train one arm under torchrun and read its summary."""
     directory: Path = arguments.directory
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -73,7 +78,7 @@ def train(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "run.resume=false",
     ]
     print(f"\n== {TITLES[arm]}", flush=True)
-    call([*command, *ARMS[arm], *arguments.overrides])
+    call([*command, *changes, *arguments.overrides])
     return json.loads((directory / arm / "summary.json").read_text(encoding="utf-8"))
 
 

@@ -15,6 +15,8 @@ from es_megatron.core.plan import Plan, Prediction, check_micro_batches, nearest
 from es_megatron.core.run_sizes import Sizes
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError, LayoutError
+from es_megatron.scoring import arm_of
+from es_megatron.scoring.arms import prunes
 
 LARGEST_SCORING = 4
 """Largest scoring micro-batch, in training ones: it keeps no activations, but the logits grow with it."""
@@ -144,7 +146,7 @@ def propose(
     if sizes is None:
         return Proposal(config, passes), []
     findings: list[Finding] = []
-    if "keep_ratio" not in given and config.selects and not config.match_cost and config.budget is None:
+    if "keep_ratio" not in given and arm_of(config).selects and config.budget is None:
         kept = min(nearest(config.keep_ratio * sizes.meta_batch, sizes.quantum), sizes.meta_batch)
         ratio = kept / sizes.meta_batch
         if abs(ratio - config.keep_ratio) > 1e-9:
@@ -206,7 +208,7 @@ def _scoring(
 
 
 def _pays(proposal: Proposal) -> Iterator[Finding]:
-    if proposal.plan is None or proposal.prediction is None or not proposal.config.selects:
+    if proposal.plan is None or proposal.prediction is None or not arm_of(proposal.config).selects:
         return
     if proposal.prediction.saving <= 0:
         yield refuse(
@@ -215,7 +217,7 @@ def _pays(proposal: Proposal) -> Iterator[Finding]:
             "the skipped backward passes save",
             "lower it, use more micro-batches per rank (a larger global batch), or `--es-scorer history`",
         )
-    if proposal.config.prunes and proposal.passes.count <= 1:
+    if prunes(proposal.config) and proposal.passes.count <= 1:
         yield note(
             f"pruning ratio {proposal.config.pruning_ratio:g}",
             "the first epoch of a component is never pruned, and the prediction counts one pass over the data",

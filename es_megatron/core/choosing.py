@@ -17,6 +17,7 @@ from es_megatron.algorithm.selection import Race, best, best_groups, inclusion_w
 from es_megatron.core.plan import Plan
 from es_megatron.errors import ConfigError
 from es_megatron.rank_grid import RankGrid
+from es_megatron.scoring import arm_of, scorer_of
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -28,8 +29,8 @@ LOGGER = logging.getLogger(__name__)
 class Known(NamedTuple):
     """What is known of a meta-batch; arrays of length B, in the order of positions."""
 
-    loss: Float32
-    """Losses now, nan where not finite; without a fresh pass the scores as they are used."""
+    estimate: Float32
+    """What each loss is now, as far as is known: the scoring pass's, nan where not finite; else the score as used."""
     weight: Float32
     """Weights of eq. 2.5, 0 where the loss is not finite; without a fresh pass the same scores."""
     norm: Float32 | None = None
@@ -63,9 +64,9 @@ class Chooser:
         """
         config = plan.config
         self.plan, self.grid, self.micro_batch = plan, grid, micro_batch
-        self.config = config
+        self.config, self.arm = config, arm_of(config)
         self.policy = POLICIES.make(config.policy, config.policy_options)
-        if self.policy.needs_norm and config.scores and config.scorer in ("history", "external", "every-k"):
+        if self.needs_norm and not scorer_of(config).bounds_norms:
             raise ConfigError(
                 f"`scorer` must be `fresh` or `prefix` with policy `{config.policy}`, but is `{config.scorer}` "
                 "instead: norms are not kept in the scores."
@@ -93,7 +94,7 @@ class Chooser:
     @property
     def needs_norm(self) -> bool:
         """Whether scoring passes have to tell the bound of gradient norms."""
-        return self.policy.needs_norm and self.config.scores
+        return self.policy.needs_norm and self.arm.scores
 
     @property
     def fell(self) -> bool:
@@ -105,16 +106,16 @@ class Chooser:
         drawable = np.flatnonzero(known.weight)
         weight, draws = self._weigh(iteration, known, drawable)
         if known.informed:
-            self._judge(known.loss[drawable])
-        if self.config.arm == "shuffled":
+            self._judge(known.estimate[drawable])
+        if self.arm.placebo:
             drawn = uniforms(self.config.seed, Purpose.SHUFFLE_BATCH, 0, iteration, 0, len(weight))
             weight[drawable] = weight[drawable[np.argsort(drawn[drawable], kind="stable")]]
-        return self._take(iteration, weight, self.plan.kept, draws=draws)
+        return self._choose_by(iteration, weight, self.plan.kept, draws=draws)
 
     def choose_any(self, iteration: int) -> Choice:
         """Choose at random: the uniform arms, and where the guard has fallen back."""
         count = self.plan.fallback if self.fell else self.plan.kept
-        return self._take(iteration, np.ones(self.plan.meta_batch), count, draws=True)
+        return self._choose_by(iteration, np.ones(self.plan.meta_batch), count, draws=True)
 
     def commit(self) -> None:
         """Keep what the iteration has changed in the state."""
@@ -150,7 +151,7 @@ class Chooser:
                 continue
             norm = None if known.norm is None else known.norm[at].astype(np.float64)
             evidence = Evidence(
-                known.loss[at].astype(np.float64),
+                known.estimate[at].astype(np.float64),
                 known.weight[at].astype(np.float64),
                 norm,
                 self.plan.kept // parts,
@@ -162,13 +163,13 @@ class Chooser:
             weight = raise_to_floor(weight, self.config.weight_floor, mean)
         return weight, draws
 
-    def _take(self, iteration: int, weight: Float64, count: int, *, draws: bool) -> Choice:
+    def _choose_by(self, iteration: int, weight: Float64, count: int, *, draws: bool) -> Choice:
         """Draw or rank, part by part."""
         parts = self.config.selection_parts if count == self.plan.kept else 1
         uniform = uniforms(self.config.seed, Purpose.SELECT, 0, iteration, 0, len(weight))
         size = len(weight) // parts
         taken = [
-            self._take_part(weight[low : low + size], uniform[low : low + size], count // parts, draws=draws)
+            self._choose_part(weight[low : low + size], uniform[low : low + size], count // parts, draws=draws)
             for low in range(0, len(weight), size)
         ]
         positions = np.concatenate([part.chosen + number * size for number, part in enumerate(taken)])
@@ -184,7 +185,7 @@ class Chooser:
         ]
         return Choice(positions, np.concatenate(weights))
 
-    def _take_part(self, weight: Float64, uniform: Float64, count: int, *, draws: bool) -> Race:
+    def _choose_part(self, weight: Float64, uniform: Float64, count: int, *, draws: bool) -> Race:
         if self.config.granularity == "microbatch":
             if draws:
                 return Race(race_groups(weight, uniform, count, self.micro_batch), np.inf)

@@ -32,11 +32,11 @@ from es_megatron.data.sampler import MetaBatch, Sampler
 from es_megatron.errors import CheckpointError, LossError
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.copies import check_copies
-from es_megatron.scores.store import ScoreStore
+from es_megatron.scores.store import Lookup, ScoreStore
+from es_megatron.scoring import arm_of, scorer_of
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-UInt8 = npt.NDArray[np.uint8]
 
 LOGGER = logging.getLogger(__name__)
 
@@ -80,7 +80,9 @@ class EvolvedSampling:
             CheckpointError: initial scores that are damaged or of other data.
         """
         self.config, self.manifest, self.grid = config, manifest, grid
+        self.arm, self.scorer = arm_of(config), scorer_of(config)
         self.meta_batch, self.micro_batch = meta_batch, micro_batch
+        self._everything = np.arange(meta_batch)
         quantum = math.lcm(micro_batch * grid.dp_size * micro_batch_multiple, config.selection_parts)
         self.store = ScoreStore(manifest, config, grid)
         origin = warm_start(self.store)
@@ -136,11 +138,18 @@ class EvolvedSampling:
         Raises:
             LossError: too many losses are not finite.
         """
-        if self.plan.evolving_iterations == 0 or not self.plan.schedule.phases.evolving(self.iteration):
-            return self._step_whole(batch, framework)
-        if self.config.scores and self._scores_fresh():
-            return self._step_fresh(batch, framework)
-        return self._step_known(batch, framework)
+        selecting = self.plan.selects_at(self.iteration)
+        scoring = selecting and self.scorer.scores_at(self.iteration) and not self.chooser.fell
+        own, norm = self._score(framework) if scoring else (None, None)
+        found, loss = self._look_up(batch, own)
+        weight = self._evolve(batch, self._everything, found, loss) if scoring else None
+        choice = self._choose(batch, found, loss, weight, norm) if selecting else Choice(self._everything, None)
+        learning = self.scorer.learns and not scoring
+        result, trained = self._train(framework, self._rescaled(choice, batch, found), capture=learning)
+        if learning:
+            self._evolve(batch, choice.positions, found, trained)
+        self._record(batch, choice.positions, loss if scoring else trained, selecting=selecting, scored=scoring)
+        return result
 
     def finish(self, succeeded: bool) -> None:
         """Close the iteration: scores are committed if the optimizer stepped, and forgotten if it skipped."""
@@ -242,107 +251,65 @@ class EvolvedSampling:
             **self.config.terms,
         }
 
-    def _scores_fresh(self) -> bool:
-        if self.chooser.fell:
-            return False
-        if self.config.scorer == "every-k":
-            return self.iteration % self.config.score_every == 0
-        return self.config.scorer in ("fresh", "prefix")
-
-    def _step_whole(self, batch: MetaBatch, framework: Framework) -> Any:
-        """Train on everything; scores, where kept, come from the training forward itself."""
-        everything = np.arange(self.meta_batch)
-        weights = None
-        if self.epochs.rescales:
-            with self._timed("exchange"):
-                weights = self.epochs.weights(batch, *self._known_scores(batch))
-        work = Work(self.own, None if weights is None else weights[self.own], self.config.learns)
-        result, loss = self._train(framework, work)
-        if self.config.learns:
-            self._learn(batch, everything, loss)
-        self._record(batch, False, 0, everything, loss)
-        return result
-
-    def _step_fresh(self, batch: MetaBatch, framework: Framework) -> Any:
-        """The paper's step: score the meta-batch, evolve, choose, train on the chosen."""
+    def _score(self, framework: Framework) -> tuple[Float32, Float32 | None]:
+        """A scoring pass: losses of this rank at its positions, 0 elsewhere, and norms of all where they are needed."""
         with self._timed("score"):
-            losses, norm = self._split(framework, framework.score(self.own))
+            own = framework.score(self.own)
+            if not self.needs_norm:
+                return self._spread(framework, self.own, own), None
+            norm = self._spread(framework, self.own, None if own is None else own[1])
+            return self._spread(framework, self.own, None if own is None else own[0]), self.grid.sum_over_dp(norm)
+
+    def _look_up(self, batch: MetaBatch, own: Float32 | None) -> tuple[Lookup | None, Float32]:
+        """Scores of the meta-batch before this iteration, and all losses of its scoring pass, nan without one."""
+        unknown = np.full(self.meta_batch, np.nan, np.float32)
+        if not self.arm.scores:
+            return None, unknown
         with self._timed("exchange"):
-            found, loss = self.store.exchange(batch.id, losses)
-            self._check(batch, loss)
-            used = self.store.usable(batch.component, found)
-            weight = self.store.evolve(self.iteration, batch.id, found, used, loss)
-            choice = self.chooser.choose(self.iteration, Known(loss, weight, norm))
-            choice = self._rescaled(choice, batch, found.visits, used)
-        result, _ = self._train(framework, self._work(choice, capture=False))
-        self._record(batch, True, self.meta_batch, choice.positions, loss)
-        return result
+            return (self.store.lookup(batch.id), unknown) if own is None else self.store.exchange(batch.id, own)
 
-    def _step_known(self, batch: MetaBatch, framework: Framework) -> Any:
-        """Choose by what is known already (history), or by nothing (uniform), and learn from the training forward."""
+    def _evolve(self, batch: MetaBatch, positions: Int64, found: Lookup | None, loss: Float32) -> Float32:
+        """Stage the scores of positions whose losses are known, float32[B], and return their weights."""
+        assert found is not None  # arms without scores neither score nor learn
         with self._timed("exchange"):
-            if not self.config.scores:
-                choice = self.chooser.choose_any(self.iteration)
-            else:
-                visits, used = self._known_scores(batch)
-                if self.chooser.fell:
-                    choice = self.chooser.choose_any(self.iteration)
-                else:
-                    known = Known(used, used, informed=bool((visits > 0).any()))
-                    choice = self.chooser.choose(self.iteration, known)
-                choice = self._rescaled(choice, batch, visits, used)
-        result, loss = self._train(framework, self._work(choice, capture=self.config.learns))
-        if self.config.learns:
-            self._learn(batch, choice.positions, loss)
-        self._record(batch, True, 0, choice.positions, loss)
-        return result
+            self._check(batch, loss[positions], positions)
+            return self.store.evolve(self.iteration, batch.id[positions], found.at(positions), loss[positions])
 
-    def _known_scores(self, batch: MetaBatch) -> tuple[UInt8, Float32]:
-        """Visits and scores of a meta-batch, [B] each; scores as they are used, above 0."""
-        found, _ = self.store.exchange(batch.id, np.zeros(self.meta_batch, np.float32))
-        return found.visits, np.maximum(self.store.usable(batch.component, found), np.finfo(np.float32).tiny)
+    def _choose(
+        self, batch: MetaBatch, found: Lookup | None, loss: Float32, weight: Float32 | None, norm: Float32 | None
+    ) -> Choice:
+        """Choose by fresh weights, by the scores as they are used, or by nothing."""
+        with self._timed("exchange"):
+            if found is None or self.chooser.fell:
+                return self.chooser.choose_any(self.iteration)
+            if weight is not None:
+                return self.chooser.choose(self.iteration, Known(loss, weight, norm))
+            used = np.maximum(found.used, np.finfo(np.float32).tiny)  # 0 would mean that it has no loss
+            informed = bool((found.visits > 0).any())
+            return self.chooser.choose(self.iteration, Known(used, used, informed=informed))
 
-    def _rescaled(self, choice: Choice, batch: MetaBatch, visits: UInt8, used: Float32) -> Choice:
-        """Weigh the chosen also by what they stand for in their pruned epoch."""
-        weights = self.epochs.weights(batch, visits, used)
+    def _rescaled(self, choice: Choice, batch: MetaBatch, found: Lookup | None) -> Choice:
+        """Weigh the chosen also by what they represent in their pruned epoch."""
+        weights = None if found is None else self.epochs.weights(batch, found)
         if weights is None:
             return choice
         own = 1.0 if choice.weights is None else choice.weights
         return Choice(choice.positions, own * weights[choice.positions])
 
-    def _split(self, framework: Framework, own: Float32 | None) -> tuple[Float32, Float32 | None]:
-        """Losses of this rank at its positions and 0 elsewhere, and the norms of the whole meta-batch, if any."""
-        if not self.needs_norm:
-            return self._spread(framework, self.own, own), None
-        norm = self._spread(framework, self.own, None if own is None else own[1])
-        return self._spread(framework, self.own, None if own is None else own[0]), self.grid.sum_over_dp(norm)
-
-    def _work(self, choice: Choice, *, capture: bool) -> Work:
+    def _train(self, framework: Framework, choice: Choice, *, capture: bool) -> tuple[Any, Float32]:
+        """Train on the chosen, and share the losses if they are captured: nan where nothing is known."""
         positions = assign(choice.positions, self._owners, self.grid.dp_size)[self.grid.dp_rank]
-        if choice.weights is None:
-            return Work(positions, None, capture)
-        return Work(positions, choice.weights[np.searchsorted(choice.positions, positions)], capture)
-
-    def _train(self, framework: Framework, work: Work) -> tuple[Any, Float32]:
-        """Train, and share the losses if they were captured: nan where nothing is known."""
+        own = None if choice.weights is None else choice.weights[np.searchsorted(choice.positions, positions)]
         with self._timed("train"):
-            trained = framework.train(work)
-            if not work.capture:
+            trained = framework.train(Work(positions, own, capture))
+            if not capture:
                 return trained.result, np.full(self.meta_batch, np.nan, np.float32)
-            spread = self._spread(framework, work.positions, trained.losses)
+            spread = self._spread(framework, positions, trained.losses)
         with self._timed("exchange"):
             known = np.zeros(self.meta_batch, np.float32)
-            known[work.positions] = 1
+            known[positions] = 1
             known, loss = self.grid.sum_over_dp(np.stack([known, spread]))
             return trained.result, np.where(known > 0, loss, np.float32(np.nan))
-
-    def _learn(self, batch: MetaBatch, positions: Int64, loss: Float32) -> None:
-        """Stage the scores of positions whose losses a training forward told."""
-        with self._timed("exchange"):
-            self._check(batch, loss[positions], positions)
-            ids = batch.id[positions]
-            found, _ = self.store.exchange(ids, np.zeros(len(ids), np.float32))
-            self.store.evolve(self.iteration, ids, found, np.zeros(len(ids), np.float32), loss[positions])
 
     def _spread(self, framework: Framework, positions: Int64, losses: Float32 | None) -> Float32:
         """Send this data-parallel rank's losses to its pipeline and tensor peers, and put them at their positions."""
@@ -351,35 +318,33 @@ class EvolvedSampling:
         spread[positions] = self.grid.broadcast_over_mp(own, framework.loss_source)
         return spread
 
-    def _check(self, batch: MetaBatch, loss: Float32, positions: Int64 | None = None) -> None:
+    def _check(self, batch: MetaBatch, loss: Float32, positions: Int64) -> None:
         """Log sequences with a non-finite loss, and stop when there are too many."""
-        bad = np.flatnonzero(~np.isfinite(loss))
-        if len(bad) == 0:
+        at = positions[~np.isfinite(loss)]
+        if len(at) == 0:
             return
-        at = bad if positions is None else positions[bad]
         rows = ", ".join(
             f"{self.manifest.components[batch.component[p]].name}[{batch.row[p]}]" for p in at[:NAMED_BAD_ROWS]
         )
-        told = f"{len(bad)} of {len(loss)} sequences of iteration {self.iteration} have a non-finite loss: {rows}"
-        if len(bad) > self.config.max_bad_losses * self.meta_batch:
+        told = f"{len(at)} of {len(loss)} sequences of iteration {self.iteration} have a non-finite loss: {rows}"
+        if len(at) > self.config.max_bad_losses * self.meta_batch:
             raise LossError(
                 f"{told}. That is more than `max_bad_losses` = {self.config.max_bad_losses} of the meta-batch. Look at "
                 "these rows, lower the learning rate, or check the precision; resume from the last checkpoint."
             )
         LOGGER.warning("%s; they are left out", told)
 
-    def _record(self, batch: MetaBatch, evolving: bool, scored: int, positions: Int64, loss: Float32) -> None:
-        finite = np.isfinite(loss)
+    def _record(self, batch: MetaBatch, positions: Int64, loss: Float32, *, selecting: bool, scored: bool) -> None:
         chosen = loss[positions]
         self.last = StepRecord(
             iteration=self.iteration,
-            evolving=evolving,
-            scored=scored,
+            evolving=selecting,
+            scored=self.meta_batch if scored else 0,
             chosen=batch.id[positions],
             components=batch.component[positions],
-            meta_loss=float(loss[finite].mean(dtype=np.float64)) if finite.all() else float("nan"),
+            meta_loss=float(loss.mean(dtype=np.float64)) if np.isfinite(loss).all() else float("nan"),
             chosen_loss=mean_of_finite(chosen),
-            bad=int(np.count_nonzero(~np.isfinite(loss if scored else chosen))) if self.config.learns else 0,
+            bad=int(np.count_nonzero(~np.isfinite(loss if scored else chosen))) if self.scorer.learns else 0,
             seconds=dict(self._seconds),
             drawn=batch.component,
             skipped_loss=mean_of_finite(np.delete(loss, positions)),

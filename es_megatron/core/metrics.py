@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from es_megatron.core.plan import FORWARD_COST, TRAIN_COST, Layout, Plan, nominal, predict
 from es_megatron.core.step import StepRecord
+from es_megatron.scoring.arms import prunes
 
 Int64 = npt.NDArray[np.int64]
 
@@ -105,10 +106,10 @@ def plan_facts(plan: Plan, layout: Layout, seq_length: int) -> dict[str, Any]:
     as_given, as_nominal = predict(plan, layout), predict(plan, nominal(layout))
     return {
         "arm": config.arm,
-        "scorer": config.scorer if config.scores else None,
-        "policy": config.policy if config.scores else None,
+        "scorer": config.scorer if plan.arm.scores else None,
+        "policy": config.policy if plan.arm.scores else None,
         "granularity": config.granularity,
-        "pruning_ratio": config.pruning_ratio if config.prunes else 0.0,
+        "pruning_ratio": config.pruning_ratio if prunes(config) else 0.0,
         "anneal": config.anneal,
         "meta_batch": plan.meta_batch,
         "kept": plan.kept,

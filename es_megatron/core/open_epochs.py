@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from es_megatron.core.epoch_pruning import EpochPruning, StandIn
 from es_megatron.core.plan import Plan
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
-from es_megatron.scores.store import ScoreStore, StandIn
+from es_megatron.scores.store import Lookup, ScoreStore
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -36,7 +37,8 @@ class OpenEpochs:
 
     def __init__(self, plan: Plan, store: ScoreStore, sampler: Sampler) -> None:
         """Start with none."""
-        self.plan, self.store, self.sampler = plan, store, sampler
+        self.plan, self.sampler = plan, sampler
+        self.pruning = EpochPruning(store)
         self.entries: dict[EpochKey, Entry] = {}
 
     @property
@@ -50,8 +52,8 @@ class OpenEpochs:
             key = due.component, due.epoch
             if key in self.sampler.masks:
                 continue
-            stand_in = self.store.stand_in(due.component)
-            mask = self.sampler.masks[key] = self.store.prune(*key)
+            stand_in = self.pruning.stand_in(due.component)
+            mask = self.sampler.masks[key] = self.pruning.prune(*key)
             self.entries[key] = Entry(iteration, stand_in)
             name = self.plan.schedule.manifest.components[due.component].name
             told = "scores before iteration %d: epoch %d of `%s` keeps %d of %d samples, drawn from iteration %d on"
@@ -67,7 +69,7 @@ class OpenEpochs:
         """Whether losses of some open epoch have weights."""
         return any(entry.stand_in is not None for entry in self.entries.values())
 
-    def weights(self, batch: MetaBatch, visits: UInt8, used: Float32) -> Float64 | None:
+    def weights(self, batch: MetaBatch, found: Lookup) -> Float64 | None:
         """What the losses of a meta-batch's samples are multiplied by, for those that were left out.
 
         Scores are those the sample had when its epoch's mask was decided, but for samples that the `mask_lag`
@@ -75,25 +77,24 @@ class OpenEpochs:
 
         Args:
             batch: the meta-batch.
-            visits: uint8[B], how often each score has been updated.
-            used: float32[B], scores as they are used, before this iteration changes them.
+            found: its scores before this iteration changes them.
 
         Returns:
             float64[B]; None where all are 1.
         """
         if not self.rescales:
             return None
-        weight = np.ones(len(used))
-        judged = (visits > 0) | (self.plan.config.correction == "paper")
+        weight = np.ones(len(found.used))
+        judged = (found.visits > 0) | (self.plan.config.correction == "paper")
         for (component, epoch), entry in self.entries.items():
             if entry.stand_in is not None:
                 here = judged & (batch.component == component) & (batch.epoch == epoch)
-                weight[here & (used < entry.stand_in.threshold)] = entry.stand_in.factor
+                weight[here & (found.used < entry.stand_in.threshold)] = entry.stand_in.factor
         return weight
 
     def rate(self, batch: MetaBatch) -> float:
         """What the learning rate of this meta-batch is multiplied by: n / m of the epochs it draws from, on average."""
-        if not self.store.pruner.corrects_rate:
+        if not self.pruning.pruner.corrects_rate:
             return 1.0
         epochs = self.plan.schedule.epochs
         first, after = epochs.first_pruned[batch.component], epochs.after_pruned[batch.component]
@@ -114,7 +115,7 @@ class OpenEpochs:
         """Go on where a checkpoint stood; collective."""
         self.sampler.masks = masks
         if self.plan.config.mask_folder is not None:
-            share = self.store.masks.share
+            share = self.pruning.masks.share
             self.sampler.masks = {key: share(mask.packed, mask.samples) for key, mask in sorted(masks.items())}
         stand_ins = {(int(c), int(e)): StandIn(threshold, factor) for c, e, threshold, factor in rescaled}
         self.entries = {(int(c), int(e)): Entry(int(when), stand_ins.get((int(c), int(e)))) for c, e, when in decided}

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.schedule import Origin, Schedule
 from es_megatron.errors import ConfigError, LayoutError
+from es_megatron.scoring import Arm, Scorer, arm_of, published, scorer_of
+from es_megatron.scoring.arms import prunes
 
 FORWARD_COST = 1.0
 TRAIN_COST = 3.0
@@ -54,27 +57,38 @@ class Plan:
         more, unit = (self.break_even_gain - 1.0) * self.kept, math.gcd(self.kept, self.meta_batch)
         return min(self.meta_batch, self.kept + int(more / unit + 1e-9) * unit)
 
+    @cached_property
+    def arm(self) -> Arm:
+        """Evolved Sampling or a control arm."""
+        return arm_of(self.config)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Where losses come from."""
+        return scorer_of(self.config)
+
+    def selects_at(self, iteration: int) -> bool:
+        """Whether an iteration trains on b of B sequences."""
+        return self.evolving_iterations > 0 and self.schedule.phases.evolving(iteration)
+
     @property
     def evolving_iterations(self) -> int:
         """Iterations that select."""
         phases = self.schedule.phases
-        return phases.stop - phases.start if self.config.selects and self.kept < self.meta_batch else 0
+        return phases.stop - phases.start if self.arm.selects and self.kept < self.meta_batch else 0
 
     @property
     def scored_iterations(self) -> int:
         """Iterations with a scoring pass."""
-        if not self.config.scores or not self.evolving_iterations or self.config.scorer in ("history", "external"):
+        if not self.evolving_iterations:
             return 0
-        if self.config.scorer in ("fresh", "prefix"):
-            return self.evolving_iterations
-        phases, every = self.schedule.phases, self.config.score_every
-        return -(-phases.stop // every) - -(-phases.start // every)
+        return self.scorer.passes(self.schedule.phases.start, self.schedule.phases.stop)
 
     @property
     def scored_share(self) -> float:
         """Share of a sequence's tokens that a scoring pass reads."""
         seq_length = self.schedule.manifest.seq_length
-        return self.config.scored_tokens(seq_length) / seq_length
+        return self.scorer.tokens(seq_length) / seq_length
 
     @property
     def scoring_price(self) -> float:
@@ -139,22 +153,21 @@ def plan_run(
     if train_samples < 1:
         raise ConfigError(f"`train_samples` must be >= 1, but is {train_samples} instead.")
     plain_iterations = -(-train_samples // meta_batch)
-    sized = config.match_cost or config.budget is not None
-    kept = kept_of(config, meta_batch, quantum) if config.selects and not sized else meta_batch
+    arm = arm_of(config)
+    kept = kept_of(config, meta_batch, quantum) if arm.selects and config.budget is None else meta_batch
 
     def make(kept: int, samples: int) -> Plan:
-        ratio = config.pruning_ratio if config.prunes else 0.0
+        ratio = config.pruning_ratio if prunes(config) else 0.0
         schedule = Schedule(manifest, meta_batch, samples, anneal=config.anneal, pruning_ratio=ratio, origin=origin)
         return Plan(config, schedule, meta_batch, kept, plain_iterations)
 
-    if config.arm == "plain" or not (sized or config.arm == "shortened"):
+    if not arm.budgeted or not (config.budget is not None or arm.shortened):
         return make(kept, train_samples)
     if config.budget is not None:
         budget = config.budget * TRAIN_COST * plain_iterations * meta_batch
     else:
-        es = dataclasses.replace(config, arm="es", scorer="fresh", match_cost=False)
-        budget = plan_run(es, manifest, meta_batch, quantum, train_samples, origin).cost
-    if config.selects:
+        budget = plan_run(published(config), manifest, meta_batch, quantum, train_samples, origin).cost
+    if arm.selects:
         sizes = range(quantum, meta_batch + 1, quantum)
         kept = next((b for b in sizes if make(b, train_samples).cost >= budget), meta_batch)
     return make(kept, longest_within(budget, train_samples, lambda samples: make(kept, samples).cost))
@@ -256,7 +269,7 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     config, names = plan.config, [component.name for component in plan.schedule.manifest.components]
     tokens = 1e-6 * seq_length
     predicted, limit = predict(plan, layout), predict(plan, nominal(layout))
-    scorer, ratio = config.scorer if config.scores else "none", config.pruning_ratio if config.prunes else 0.0
+    scorer, ratio = config.scorer if plan.arm.scores else "none", config.pruning_ratio if prunes(config) else 0.0
     passes = ", ".join(f"{name} {count:.2f}" for name, count in zip(names, plan.passes, strict=True))
     forwarded = (plan.scored_share * plan.sequences_scored + plan.sequences_trained) * tokens
     plain = plan.plain_iterations * plan.meta_batch * tokens
@@ -270,7 +283,7 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     if calibrated:
         measured = f"backward = {layout.backward / layout.forward:.2f} forward on this machine"
         rows[""] = f"{predicted.saving:.1%} calibrated ({measured}), {predicted.selecting:.1%} while selecting"
-    scorer += "" if config.policy == "es" or not config.scores else f", policy {config.policy}"
+    scorer += f", policy {config.policy}" if plan.arm.scores and config.policy != EvolvedSamplingConfig.policy else ""
     head = f"B = {plan.meta_batch}, b = {plan.kept}, scorer {scorer}, r = {ratio:g}, anneal {config.anneal:g}"
     lines = [f"plan: arm {config.arm}, {head}", *(f"  {name:18}{value}" for name, value in rows.items())]
     if plan.evolving_iterations and min(predicted.saving, limit.saving) <= 0:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from es_megatron.core.plan import Layout, Plan, Prediction, check_micro_batches, nearest, plan_run, predict
 from es_megatron.data.mask import mask_bytes
 from es_megatron.forecast.request import Request
+from es_megatron.scoring.arms import prunes
 
 SCORE_BYTES = 5
 """Of a sample: float32 score, uint8 visits."""
@@ -175,9 +176,9 @@ def split_of(plan: Plan, layout: Layout, prediction: Prediction) -> TimeSplit:
 def footprint_of(plan: Plan, request: Request) -> Footprint:
     """Memory and traffic of the scores."""
     config, manifest, sizes = plan.config, plan.schedule.manifest, request.sizes
-    keeps = SCORE_BYTES if config.scores else 0
+    keeps = SCORE_BYTES if plan.arm.scores else 0
     own = keeps * -(-manifest.total // sizes.data_parallel)
-    masks = sum(mask_bytes(int(n)) for n in manifest.sizes) if config.prunes else 0
+    masks = sum(mask_bytes(int(n)) for n in manifest.sizes) if prunes(config) else 0
     ranks, shared = min(request.gpus_per_node, request.world_size), config.mask_folder is not None
     wide = config.correction == "debiased"
     exchanged = EXCHANGED_WIDE * plan.meta_batch + SHARD_BYTES * len(manifest.components)
@@ -187,7 +188,7 @@ def footprint_of(plan: Plan, request: Request) -> Footprint:
         mask_bytes=masks,
         masks_shared=shared,
         node_bytes=ranks * own + (1 if shared else ranks) * masks,
-        exchange_bytes=0 if not config.scores else exchanged if wide else EXCHANGED_BYTES * plan.meta_batch,
+        exchange_bytes=0 if not plan.arm.scores else exchanged if wide else EXCHANGED_BYTES * plan.meta_batch,
     )
 
 

@@ -10,6 +10,7 @@ from es_megatron.core.metrics import plan_facts
 from es_megatron.core.plan import describe
 from es_megatron.forecast.forecast import BreakEven, Duration, Forecast
 from es_megatron.forecast.request import Request
+from es_megatron.scoring import arm_of
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 WARNING = "WARNING"
@@ -59,13 +60,13 @@ def _rows(request: Request, found: Forecast) -> Iterator[tuple[str, str]]:
     yield "time", f"{scored}, {split.training:.1%} training{idle}, {split.saved:.1%} saved; of the plain run's time"
     if found.duration is not None:
         yield from _seconds(found.duration)
-    if config.scores:
+    if arm_of(config).scores:
         own, whole = bytes_of(size.score_bytes_per_rank), bytes_of(size.score_bytes)
         yield "scores", f"{own} on each of {sizes.data_parallel} data-parallel ranks (5 B a sample), {whole} in all"
     if size.mask_bytes:
         where = "a node" if size.masks_shared else "each rank; set `mask_folder` to share them on a node"
         yield "kept masks", f"{bytes_of(size.mask_bytes)} for {where} (1.15 bits a sample)"
-    if config.scores:
+    if arm_of(config).scores:
         ranks = min(request.gpus_per_node, request.world_size)
         yield "memory of a node", f"{bytes_of(size.node_bytes)} ({ranks} ranks)"
         each = f"{size.exchange_bytes / sizes.meta_batch:.3g} B a sequence of the meta-batch"

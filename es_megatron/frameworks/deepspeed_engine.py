@@ -83,7 +83,7 @@ class EngineSampling(DeepSpeedSampling):
     def score(self, positions: Int64) -> Float32 | None:
         """See `Framework.score`."""
         size = self.engine.config.scoring_micro_batch_size or self.engine.micro_batch
-        batches = scored_part(self._micro_batches(positions, size), self.engine.config)
+        batches = scored_part(self._micro_batches(positions, size), self.engine.scorer)
         return self.score_batches(batches, norms=self.engine.needs_norm)
 
     def score_batches(self, batches: list[Batch], *, norms: bool = False) -> Float32 | None:
@@ -130,7 +130,7 @@ class EngineSampling(DeepSpeedSampling):
         found: list[Tensor] = []
         for number, batch in enumerate(self._on_device(batches)):
             losses_BT = self.token_losses(deepspeed, batch)
-            tokens = self.engine.config.scored_tokens(losses_BT.shape[1])
+            tokens = self.engine.scorer.tokens(losses_BT.shape[1])
             found.append(sequence_losses(losses_BT, batch["loss_mask"], tokens))
             if weights is not None:
                 weight = torch.as_tensor(weights[number * size : (number + 1) * size], dtype=losses_BT.dtype)

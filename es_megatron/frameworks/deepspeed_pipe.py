@@ -77,7 +77,7 @@ class PipeSampling(DeepSpeedSampling):
         config = self.engine.config
         size = config.scoring_micro_batch_size or self.engine.micro_batch
         packed = self._packed(positions, size, scoring=True)
-        other_shape = size != self.engine.micro_batch or config.scorer == "prefix"
+        other_shape = size != self.engine.micro_batch or self.engine.scorer.shortens
         return self._score(packed, len(positions) // size, other_shape=other_shape, norms=self.engine.needs_norm)
 
     def score_batches(self, batches: list[Batch]) -> Float32 | None:
@@ -161,7 +161,7 @@ class PipeSampling(DeepSpeedSampling):
         def training_loss(outputs: Any, labels: Any) -> Tensor:
             losses_BT, mask_BT = self.token_losses(outputs, labels)
             start = len(found) * size
-            found.append(sequence_losses(losses_BT, mask_BT, self.engine.config.scored_tokens(losses_BT.shape[1])))
+            found.append(sequence_losses(losses_BT, mask_BT, self.engine.scorer.tokens(losses_BT.shape[1])))
             if weights is not None:
                 weight = torch.as_tensor(weights[start : start + size], dtype=losses_BT.dtype)
                 losses_BT = losses_BT * weight.to(losses_BT.device)[:, None]
@@ -171,7 +171,7 @@ class PipeSampling(DeepSpeedSampling):
 
     def _packed(self, positions: Int64, size: int, *, scoring: bool = False) -> Iterator[Any]:
         batches = [] if self.feed is None else self.feed.micro_batches(positions, size)
-        batches = scored_part(batches, self.engine.config) if scoring else batches
+        batches = scored_part(batches, self.engine.scorer) if scoring else batches
         return iter([self.pack(batch) for batch in batches])
 
     @contextmanager

@@ -219,7 +219,7 @@ class ScheduleCall:
 
     @property
     def _scored_tokens(self) -> int:
-        return self._sampling.engine.config.scored_tokens(self._call["seq_length"])
+        return self._sampling.engine.scorer.tokens(self._call["seq_length"])
 
     def _run(self, positions: Int64, size: int, *, tokens: int | None = None, **changes: Any) -> Any:
         """Call upstream's schedule over some positions; keywords pass through but for the ones that change."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.scoring import Scorer
 
 Float32 = npt.NDArray[np.float32]
 
@@ -33,11 +33,11 @@ def shortened(batch: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     }
 
 
-def scored_part(batches: list[dict[str, Tensor]], config: EvolvedSamplingConfig) -> list[dict[str, Tensor]]:
-    """What the scoring pass reads of micro-batches: all, but for the `prefix` scorer, which needs their `labels`."""
-    if config.scorer != "prefix":
+def scored_part(batches: list[dict[str, Tensor]], scorer: Scorer) -> list[dict[str, Tensor]]:
+    """What a scoring pass reads of micro-batches: all, or the first tokens of those with `labels`."""
+    if not scorer.shortens:
         return batches
-    return [shortened(batch, config.scored_tokens(batch["labels"].shape[1])) for batch in batches]
+    return [shortened(batch, scorer.tokens(batch["labels"].shape[1])) for batch in batches]
 
 
 def sequence_losses(output: Tensor, mask: Tensor, tokens: int | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import ConfigError
+from es_megatron.scoring import arm_of, scorer_of
 
 Setting = Callable[[str], Any]
 """From a setting's name to its value, None where it is not given; numbers, texts, lists, or upstream's enumerations."""
@@ -133,9 +134,9 @@ class Refusal:
 def extents_of(config: EvolvedSamplingConfig) -> frozenset[Extent]:
     """Which rows hold for a run: what its arm and scorer make it do."""
     found: set[Extent] = {"order"}
-    if config.selects:
+    if arm_of(config).selects:
         found.add("selection")
-    if config.makes_passes:
+    if scorer_of(config).makes_passes:
         found.add("scoring")
     return frozenset(found)
 

@@ -18,6 +18,7 @@ from es_megatron.core.plan import FORWARD_COST, TRAIN_COST, Layout, describe, no
 from es_megatron.errors import DataError
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
 from es_megatron.rank_grid import RankGrid
+from es_megatron.scoring.arms import prunes
 from es_megatron.trainer.backend import Backend, Iteration, build_backend, start, stop
 from es_megatron.trainer.checkpoints import RunCheckpoints
 from es_megatron.trainer.journal import Journal
@@ -162,9 +163,9 @@ class Trainer:
         return {
             "finished": finished,
             "arm": plan.config.arm,
-            "scorer": plan.config.scorer if plan.config.scores else None,
-            "policy": plan.config.policy if plan.config.scores else None,
-            "pruner": plan.config.pruner if plan.config.prunes else None,
+            "scorer": plan.config.scorer if plan.arm.scores else None,
+            "policy": plan.config.policy if plan.arm.scores else None,
+            "pruner": plan.config.pruner if prunes(plan.config) else None,
             "scored_share": plan.scored_share,
             "scoring_price": price,
             "layout": dataclasses.asdict(self.layout),

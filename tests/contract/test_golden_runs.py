@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "inclusion": ("inclusion_weights=true",),
     "debiased": ("score_correction=debiased", "weight_floor=0.5"),
     "no-annealing": ("anneal=0", "pruning_ratio=0", "beta1=0.5", "beta2=0.7"),
-    **{name: test_policies.VARIANTS[name] for name in ("parts", "prefix", "guard", "budget", "match-cost")},
+    **{name: test_policies.VARIANTS[name] for name in ("parts", "prefix", "guard", "budget")},
     **{name: changes for name, changes in test_policies.VARIANTS.items() if name.startswith(("policy-", "pruner-"))},
 }
 SCORERS = {"fresh": (), "history": ("scorer=history",)}

@@ -131,7 +131,7 @@ def test_the_size_of_scoring_micro_batches_changes_nothing(size: int | None, run
 
 VARIANTS = {
     "uniform": (DP2, ("arm=uniform",)),
-    "uniform-prune": (DP2, ("arm=uniform-prune", "match_cost=true")),
+    "uniform-prune": (DP2, ("arm=uniform-prune", "budget=0.6")),
     "plain": (DP2, ("arm=plain",)),
     "shortened": (PP2, ("arm=shortened",)),
     "shuffled": (DP2, ("arm=shuffled",)),

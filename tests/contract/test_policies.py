@@ -34,7 +34,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "prefix": ("scorer=prefix", "prefix_share=0.5"),
     "guard": ("guard=uniform", "guard_window=4"),
     "budget": ("scorer=history", "budget=0.55", "pruning_ratio=0"),
-    "match-cost": ("scorer=history", "match_cost=true"),
 }
 LAYOUTS = ("parallel.pipeline=2", "parallel.tensor=2", "data.prefetch=2")
 """Of two ranks; the last is data-parallel, where b is even: variants that find b themselves find an even one alone."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.data.mask import mask_bytes
 from es_megatron.errors import ConfigError
 from es_megatron.rank_grid import RankGrid
@@ -49,14 +50,15 @@ def decide(folder: Path | None) -> Any:
         preset="paper", pruning_ratio=0.3, mask_folder=None if folder is None else str(folder)
     )
     store = ScoreStore(make_manifest((SAMPLES, 40)), config, grid)
-    masks = [store.prune(0, 1), store.prune(1, 1), store.prune(0, 2)]
+    pruning = EpochPruning(store)
+    masks = [pruning.prune(0, 1), pruning.prune(1, 1), pruning.prune(0, 2)]
     grid.barrier()  # the last file loses its name after the masks are there
     left = [] if folder is None else os.listdir(folder)
     rows = [mask.select(np.arange(0, mask.count, 11)).tobytes() for mask in masks]
     packed = [mask.packed.tobytes() for mask in masks]
     mapped = mapped_bytes("es-mask-")
     writable = [mask.packed.flags.writeable for mask in masks]
-    del masks
+    del masks, pruning
     return packed, rows, left, mapped, mapped_bytes("es-mask-"), writable
 
 

@@ -17,6 +17,7 @@ from es_megatron.algorithm.ownership import owned_range, owned_shards, shard_bou
 from es_megatron.checkpoint import CheckpointDirectory, ScoreRange, load_es_state, save_es_state
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.core.step import Trained
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
@@ -226,7 +227,7 @@ def masks_of(parts: list[list[np.ndarray]]) -> tuple[list[bytes], str]:
                 store = ScoreStore(whole, CONFIG, Recorded(rank, ranks, rounds))  # type: ignore[arg-type]
                 store.load(score, visits)
                 try:
-                    found.append(store.prune(component, 1))
+                    found.append(EpochPruning(store).prune(component, 1))
                 except NotYet as said:
                     waiting.append(said.args)
             assert len({call for call, _ in waiting}) <= 1, "all ranks are at the same collective"

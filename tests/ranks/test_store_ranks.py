@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
 from tests.ranks_helper import run_on_ranks
@@ -38,15 +39,14 @@ def run(settings: dict[str, Any], scores: str) -> Any:
     for iteration in range(40):
         ids = random.choice(manifest.total, 32, replace=iteration % 3 == 0)
         loss = losses_of(scores, ids, random)
-        component, _ = manifest.locate(ids)
         own = np.arange(32) % grid.dp_size == grid.dp_rank
         found, shared = store.exchange(ids, np.where(own, loss, np.float32(0)))
         np.testing.assert_array_equal(shared, loss)
-        weights.append(store.evolve(iteration, ids, found, store.usable(component, found), shared).tobytes())
+        weights.append(store.evolve(iteration, ids, found, shared).tobytes())
         if iteration % 7 == 3:
             store.discard()
         store.commit(iteration)
-    masks = {(c, e): store.prune(c, e).packed.tobytes() for c in range(len(SIZES)) for e in EPOCHS}
+    masks = {(c, e): EpochPruning(store).prune(c, e).packed.tobytes() for c in range(len(SIZES)) for e in EPOCHS}
     means = store.component_means().tobytes()
     parts = grid.gather_objects((store.low, store.score.tobytes(), store.visits.tobytes()))
     assert [part[0] for part in parts] == sorted(part[0] for part in parts)
@@ -88,15 +88,15 @@ def test_ties_zeros_and_bad_losses_are_like_on_one_rank(scores: str) -> None:
 
 def test_equal_keys_go_to_the_lower_id() -> None:
     """With all keys equal only the id is left to decide, across the border of ranks too."""
-    from es_megatron.scores import store as store_module
+    from es_megatron.core import epoch_pruning
 
     def keep() -> list[int]:
-        store_module.uniforms = lambda *_: np.full(_[-1], 0.5)
+        epoch_pruning.uniforms = lambda *_: np.full(_[-1], 0.5)
         manifest = make_manifest((200,))
         store = ScoreStore(
             manifest, EvolvedSamplingConfig(preset="paper", pruning_ratio=0.37), RankGrid.data_parallel()
         )
-        return np.flatnonzero(store.prune(0, 1).to_bool()).tolist()
+        return np.flatnonzero(EpochPruning(store).prune(0, 1).to_bool()).tolist()
 
     for ranks in (1, 2, 3, 4):
         for kept in run_on_ranks(ranks, keep):
@@ -116,9 +116,9 @@ def test_copies_of_a_range_agree() -> None:
             found, shared = store.exchange(
                 ids, np.where(np.arange(32) % 2 == grid.dp_rank, np.float32(2), np.float32(0))
             )
-            store.evolve(iteration, ids, found, store.usable(manifest.locate(ids)[0], found), shared)
+            store.evolve(iteration, ids, found, shared)
             store.commit(iteration)
-        return grid.dp_rank, store.checksum(), store.prune(0, 1).packed.tobytes()
+        return grid.dp_rank, store.checksum(), EpochPruning(store).prune(0, 1).packed.tobytes()
 
     told = run_on_ranks(4, run_grid)
     assert told[0] == told[1]

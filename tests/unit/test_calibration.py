@@ -20,7 +20,7 @@ def test_a_pass_is_timed_until_its_last_stage_is_done(monkeypatch: pytest.Monkey
         clock += seconds
 
     waits = iter([5.0, 2.0] * 100)  # the other stages: late to begin, and late to end
-    grid: Any = SimpleNamespace(barrier=lambda: advance(next(waits)), tell=np.asarray)
+    grid: Any = SimpleNamespace(barrier=lambda: advance(next(waits)), broadcast=np.asarray)
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
     stages: Any = SimpleNamespace(grid=grid)
 

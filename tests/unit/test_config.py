@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from es_megatron.config import EvolvedSamplingConfig, build
 from es_megatron.errors import ConfigError, EsError
+from es_megatron.scoring import arm_of
+from es_megatron.scoring.arms import prunes as prunes_epochs
 
 
 def test_presets_fill_in_what_is_not_given():
@@ -115,15 +117,10 @@ def test_unknown_choice_names_the_choices_and_the_nearest(name, value, near):
 def test_settings_that_cannot_work_together():
     with pytest.raises(ConfigError, match=r"`inclusion_weights` must be off .* Use `granularity: sample`"):
         EvolvedSamplingConfig(preset="paper", inclusion_weights=True, granularity="microbatch")
-    with pytest.raises(ConfigError, match="`match_cost` must be off for arm `shortened`"):
-        EvolvedSamplingConfig(preset="paper", match_cost=True, arm="shortened")
-    with pytest.raises(ConfigError, match="`match_cost` must be off with `budget`"):
-        EvolvedSamplingConfig(preset="paper", match_cost=True, budget=0.5)
     with pytest.raises(ConfigError, match=r"`initial_scores` must be given with `scorer: external`"):
         EvolvedSamplingConfig(preset="paper", scorer="external")
     with pytest.raises(ConfigError, match=r"`selection_parts` must be off with `granularity: microbatch`"):
         EvolvedSamplingConfig(preset="paper", selection_parts=2, granularity="microbatch")
-    assert EvolvedSamplingConfig(preset="paper", match_cost=True, arm="uniform-prune").match_cost
     assert EvolvedSamplingConfig(preset="paper", inclusion_weights=True).inclusion_weights
 
 
@@ -150,8 +147,8 @@ def test_debiasing_needs_visits_that_saturate_in_time():
 )
 def test_what_an_arm_does(arm, scores, selects, prunes):
     config = EvolvedSamplingConfig(preset="paper", arm=arm, pruning_ratio=0.2)
-    assert (config.scores, config.selects, config.prunes) == (scores, selects, prunes)
-    assert not EvolvedSamplingConfig(preset="paper", arm=arm).prunes
+    assert (arm_of(config).scores, arm_of(config).selects, prunes_epochs(config)) == (scores, selects, prunes)
+    assert not prunes_epochs(EvolvedSamplingConfig(preset="paper", arm=arm))
 
 
 def test_config_cannot_be_changed_behind_its_checks():
@@ -272,5 +269,5 @@ def test_any_mapping_gives_a_config_of_the_declared_types_or_a_config_error(mapp
     assert "colour" not in mapping
     assert type(config.seed) is type(config.score_every) is type(config.mask_lag) is int
     assert type(config.beta1) is type(config.keep_ratio) is type(config.anneal) is float
-    assert type(config.inclusion_weights) is type(config.match_cost) is bool
+    assert type(config.inclusion_weights) is bool
     assert 0 < config.keep_ratio <= 1

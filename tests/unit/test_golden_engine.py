@@ -48,7 +48,6 @@ RUNS_OF: dict[str, dict[str, Any]] = {
     "groups-ranked": {"granularity": "microbatch", "micro": 2, "policy": "big-loss"},
     "budget": {"budget": 0.5},
     "budget-history": {**HISTORY, "budget": 0.5},
-    "match-cost": {"arm": "uniform", "match_cost": True},
     "guard-uniform": {"guard": "uniform", **GUARD},
     "guard-plain": {"guard": "plain", **GUARD, "scoring_cost": 0.5},
     "guard-every-k": {"guard": "uniform", **GUARD, **EVERY, "scoring_cost": 3.0},

@@ -15,7 +15,7 @@ from es_megatron.data.permutation import ROUNDS, FeistelPermutation, radices, sc
 from es_megatron.data.sampler import Sampler
 from es_megatron.data.schedule import Schedule
 from es_megatron.rank_grid import RankGrid
-from es_megatron.scores.store import ScoreStore
+from es_megatron.scores.store import Lookup, ScoreStore
 from tests.unit.naive import make_manifest
 
 POWERS = (2**31, 2**32)
@@ -137,14 +137,14 @@ def test_scores_of_large_ids_land_on_their_owner_alone(n, ranks, data):
         RankGrid(rank, ranks, 0, 1, 0, 1),
     )
     loss = np.random.default_rng(0).lognormal(0, 1, len(ids)).astype(np.float32)
-    found = store.lookup_local(ids)
-    assert not found.visits.any()
-    store.evolve(4, ids, found, store.usable(np.zeros(len(ids), np.int64), found), loss)
+    score, visits = store.stored(ids)
+    assert not visits.any()
+    store.evolve(4, ids, Lookup(score, visits, score), loss)
     staged = store._staged
     assert staged is not None
     store.commit(4)
-    after = store.lookup_local(ids)
-    np.testing.assert_array_equal(after.visits, own.astype(np.uint8))
+    score, visits = store.stored(ids)
+    np.testing.assert_array_equal(visits, own.astype(np.uint8))
     np.testing.assert_array_equal(np.flatnonzero(store.visits) + low, ids[own])
-    np.testing.assert_array_equal(after.score[own], staged.score)
-    assert not after.score[~own].any()
+    np.testing.assert_array_equal(score[own], staged.score)
+    assert not score[~own].any()

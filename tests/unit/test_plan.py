@@ -80,7 +80,7 @@ def test_arms_that_match_a_cost_match_it(ratio: float) -> None:
     assert shortened.kept == B
     assert 0 <= es.cost - shortened.cost < 3 * B
     for arm in ("uniform", "uniform-prune"):
-        uniform = plan(arm=arm, match_cost=True, pruning_ratio=ratio)
+        uniform = plan(arm=arm, budget=es.cost / es.plain_cost, pruning_ratio=ratio)
         assert uniform.kept > es.kept
         assert uniform.sequences_scored == 0
         assert 0 <= es.cost - uniform.cost < 3 * B

@@ -141,7 +141,7 @@ class NewestFirst(Policy):
     draws = False
 
     def weigh(self, evidence: Evidence, state: dict[str, list[float]]) -> Weighed:
-        return Weighed(np.arange(len(evidence.loss_B)) + float(self.offset), state)
+        return Weighed(np.arange(len(evidence.estimate_B)) + float(self.offset), state)
 
 
 def test_other_packages_bring_policies_by_entry_point(monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ import pytest
 
 from es_megatron.algorithm.pruners import PRUNERS, Block
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError
 from es_megatron.rank_grid import RankGrid
@@ -72,8 +73,8 @@ def store_of(pruner: str, *options: str, ratio: float = 0.2) -> ScoreStore:
 
 def test_infobatch_through_the_store():
     store = store_of("infobatch")
-    stand_in = store.stand_in(0)
-    kept = store.prune(0, 1).to_bool()
+    stand_in = EpochPruning(store).stand_in(0)
+    kept = EpochPruning(store).prune(0, 1).to_bool()
     below = store.score < np.float32(stand_in.threshold)
     assert stand_in.threshold == pytest.approx(0.5005, abs=1e-5)
     assert kept.sum() == 800
@@ -82,23 +83,26 @@ def test_infobatch_through_the_store():
     # the weighted sum over the kept stands for all of those below: 500 of them, of which 300 are kept
     assert below.sum() == 500
     assert stand_in.factor == pytest.approx(500 / 300)
-    assert store_of("eswp").stand_in(0) is None
+    assert EpochPruning(store_of("eswp")).stand_in(0) is None
 
 
 def test_infobatch_where_too_few_lie_below():
     store = store_of("infobatch", ratio=0.7)
-    stand_in = store.stand_in(0)
-    kept = store.prune(0, 1).to_bool()
+    stand_in = EpochPruning(store).stand_in(0)
+    kept = EpochPruning(store).prune(0, 1).to_bool()
     assert kept.sum() == 300
     assert not kept[store.score < stand_in.threshold].any()
     assert stand_in.factor == 1.0
 
 
 def test_ranking_pruners_keep_exactly_the_best():
-    assert store_of("ucb").prune(0, 1).to_bool().tolist() == [False] * 200 + [True] * 800
-    assert store_of("kakurenbo", "confidence=0.0001").prune(0, 1).to_bool().tolist() == [False] * 200 + [True] * 800
+    assert EpochPruning(store_of("ucb")).prune(0, 1).to_bool().tolist() == [False] * 200 + [True] * 800
+    assert (
+        EpochPruning(store_of("kakurenbo", "confidence=0.0001")).prune(0, 1).to_bool().tolist()
+        == [False] * 200 + [True] * 800
+    )
     # of the 105 that are sure, all are hidden, and 95 more at random
-    kept = store_of("kakurenbo", f"confidence={math.exp(-0.1055)}").prune(0, 1).to_bool()
+    kept = EpochPruning(store_of("kakurenbo", f"confidence={math.exp(-0.1055)}")).prune(0, 1).to_bool()
     assert kept.sum() == 800
     assert not kept[:105].any()
     assert 0 < (~kept[105:]).sum() == 95

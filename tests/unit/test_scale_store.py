@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from es_megatron.algorithm.pruning import prune
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core import epoch_pruning
+from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.errors import ConfigError
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores import store as store_module
@@ -66,11 +68,11 @@ def test_threshold_is_exact_for_every_block_size_and_bracket(local, share, block
 @pytest.mark.parametrize("block", [1 << 16, 1000, 77])
 @pytest.mark.parametrize("arm", ["es", "shuffled"])
 def test_masks_do_not_depend_on_block_sizes(block, arm, monkeypatch):
-    expected = [make(arm=arm).prune(component, 2).packed.tobytes() for component in range(3)]
-    monkeypatch.setattr(store_module, "GATHERED_BYTES", 101)
+    expected = [EpochPruning(make(arm=arm)).prune(component, 2).packed.tobytes() for component in range(3)]
+    monkeypatch.setattr(epoch_pruning, "GATHERED_BYTES", 101)
     if arm == "es":
         monkeypatch.setattr(store_module, "BLOCK", block)
-    assert [make(arm=arm).prune(component, 2).packed.tobytes() for component in range(3)] == expected
+    assert [EpochPruning(make(arm=arm)).prune(component, 2).packed.tobytes() for component in range(3)] == expected
 
 
 def test_bracket_of_a_large_component_is_narrow():
@@ -100,10 +102,10 @@ def test_scores_in_a_file_are_those_in_memory_and_leave_no_name(tmp_path):
         ids = np.arange(0, 70_000, 7)
         loss = np.random.default_rng(3).random(len(ids)).astype(np.float32)
         found, shared = store.exchange(ids, loss)
-        store.evolve(0, ids, found, store.usable(np.zeros(len(ids), np.int64), found), shared)
+        store.evolve(0, ids, found, shared)
         store.commit(0)
     assert memory.checksum() == mapped.checksum()
-    assert memory.prune(0, 1).packed.tobytes() == mapped.prune(0, 1).packed.tobytes()
+    assert EpochPruning(memory).prune(0, 1).packed.tobytes() == EpochPruning(mapped).prune(0, 1).packed.tobytes()
 
 
 def test_a_folder_that_cannot_hold_the_scores_is_named(tmp_path):
@@ -127,10 +129,10 @@ def test_sums_stay_exact_over_a_thousand_components():
         ids = random.integers(0, manifest.total, 700)
         loss = random.lognormal(0, 1, 700).astype(np.float32)
         found, shared = store.exchange(ids, loss)
-        store.evolve(iteration, ids, found, store.usable(manifest.locate(ids)[0], found), shared)
+        store.evolve(iteration, ids, found, shared)
         store.commit(iteration)
-    kept = store._sums.copy()
+    kept = store.sums.total.copy()
     store.load(store.score, store.visits)
-    np.testing.assert_array_equal(kept, store._sums)
+    np.testing.assert_array_equal(kept, store.sums.total)
     np.testing.assert_array_equal(store.seen(), kept[:, 1])
     assert kept[:, 1].sum() == np.count_nonzero(store.visits)

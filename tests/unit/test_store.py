@@ -11,6 +11,7 @@ from es_megatron.algorithm.evolution import MAX_VISITS
 from es_megatron.algorithm.pruning import kept_count, prune
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError
 from es_megatron.rank_grid import RankGrid
@@ -28,8 +29,7 @@ def make(manifest: Manifest | None = None, **settings: Any) -> ScoreStore:
 def learn(store: ScoreStore, iteration: int, ids: Any, loss: Any) -> Any:
     ids, loss = np.asarray(ids, np.int64), np.asarray(loss, np.float32)
     found, shared = store.exchange(ids, loss)
-    used = store.usable(store.manifest.locate(ids)[0], found)
-    return store.evolve(iteration, ids, found, used, shared)
+    return store.evolve(iteration, ids, found, shared)
 
 
 def test_nothing_is_written_before_the_commit() -> None:
@@ -115,9 +115,9 @@ def test_means_are_those_of_the_seen(correction: str) -> None:
     score, left = store.score[everything].astype(np.float64), 0.8 ** store.visits[everything].astype(np.float64)
     used = score if correction == "paper" else (score - left / 343) / (1 - left)
     assert means[2] == pytest.approx(used.mean(), rel=1e-5), "none of it is seen: what is usual elsewhere"
-    sums = store._sums.copy()  # pyright: ignore[reportPrivateUsage]
+    sums = store.sums.total.copy()  # pyright: ignore[reportPrivateUsage]
     store.load(store.score, store.visits)
-    assert np.array_equal(store._sums, sums), "kept up to date, they are what counting anew gives"  # pyright: ignore[reportPrivateUsage]
+    assert np.array_equal(store.sums.total, sums), "kept up to date, they are what counting anew gives"  # pyright: ignore[reportPrivateUsage]
 
 
 def test_scores_that_no_loss_can_be_overflow_no_mean() -> None:
@@ -149,9 +149,9 @@ def test_pruning_is_the_plain_race_over_scores(component: int, ties: bool) -> No
     low, high = store.manifest.offsets[component : component + 2]
     score = np.where(store.visits > 0, store.score, np.float32(1 / 343))[low:high]
     for epoch in (1, 2, 7):
-        mask = store.prune(component, epoch).to_bool()
+        mask = EpochPruning(store).prune(component, epoch).to_bool()
         assert np.array_equal(mask, reference(store, component, epoch, score))
-    assert not np.array_equal(store.prune(0, 1).to_bool(), store.prune(0, 2).to_bool())
+    assert not np.array_equal(EpochPruning(store).prune(0, 1).to_bool(), EpochPruning(store).prune(0, 2).to_bool())
 
 
 def test_debiased_pruning_counts_the_unseen_as_the_mean() -> None:
@@ -162,7 +162,7 @@ def test_debiased_pruning_counts_the_unseen_as_the_mean() -> None:
     debiased = np.maximum((store.score[:300] - left / 343) / np.where(seen, 1 - left, 1), 0).astype(np.float32)
     used = np.where(seen, debiased, mean).astype(np.float32)
     weight = np.maximum(np.maximum(used, np.finfo(np.float32).tiny), np.float32(0.5 * float(mean)))
-    assert np.array_equal(store.prune(0, 3).to_bool(), reference(store, 0, 3, weight))
+    assert np.array_equal(EpochPruning(store).prune(0, 3).to_bool(), reference(store, 0, 3, weight))
 
 
 def test_zero_scores_are_kept_last() -> None:
@@ -170,22 +170,22 @@ def test_zero_scores_are_kept_last() -> None:
     score = np.zeros(343, np.float32)
     score[:150] = 1
     store.load(score, np.ones(343, np.uint8))
-    mask = store.prune(0, 1).to_bool()
+    mask = EpochPruning(store).prune(0, 1).to_bool()
     assert mask.sum() == 210
     assert mask[:150].all()
 
 
 def test_the_uniform_arm_prunes_without_scores() -> None:
     store = filled(make(arm="uniform-prune"))
-    assert np.array_equal(store.prune(0, 1).to_bool(), reference(store, 0, 1, np.ones(300, np.float32)))
+    assert np.array_equal(EpochPruning(store).prune(0, 1).to_bool(), reference(store, 0, 1, np.ones(300, np.float32)))
 
 
 def test_the_placebo_keeps_as_many_but_others() -> None:
     honest, placebo = filled(make()), filled(make(arm="shuffled"))
     for component in range(3):
-        kept, other = honest.prune(component, 1), placebo.prune(component, 1)
+        kept, other = EpochPruning(honest).prune(component, 1), EpochPruning(placebo).prune(component, 1)
         assert kept.count == other.count
-    kept, other = honest.prune(0, 1).to_bool(), placebo.prune(0, 1).to_bool()
+    kept, other = EpochPruning(honest).prune(0, 1).to_bool(), EpochPruning(placebo).prune(0, 1).to_bool()
     score = honest.score[:300]
     assert not np.array_equal(kept, other)
     assert score[kept].mean() > score[other].mean() + 0.1

@@ -1,0 +1,122 @@
+"""Where the losses come from that a meta-batch is chosen by; each scorer reports what that needs and costs."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.scoring.arms import arm_of
+
+PREFIX_MULTIPLE = 8
+"""What the tokens that the `prefix` scorer reads are a multiple of."""
+
+
+class Scorer(ABC):
+    """A source of losses; instances are made of settings, and never change."""
+
+    makes_passes = True
+    """Whether it ever makes a forward-only pass of its own."""
+    learns = True
+    """Whether losses change the scores."""
+    bounds_norms = False
+    """Whether every choice follows a pass of its own, which can bound gradient norms."""
+    shortens = False
+    """Whether its passes read fewer tokens than training does."""
+
+    @abstractmethod
+    def scores_at(self, iteration: int) -> bool:
+        """Whether it makes a pass over the meta-batch of a selecting iteration."""
+
+    @abstractmethod
+    def passes(self, start: int, stop: int) -> int:
+        """Iterations with a pass in [start, stop), all of which select."""
+
+    def tokens(self, seq_length: int) -> int:
+        """First tokens of a sequence that its losses are about."""
+        return seq_length
+
+
+class FreshScorer(Scorer):
+    """A forward pass over every meta-batch, as published (Algorithm 1)."""
+
+    bounds_norms = True
+
+    def scores_at(self, iteration: int) -> bool:
+        """Always."""
+        return True
+
+    def passes(self, start: int, stop: int) -> int:
+        """All of them."""
+        return stop - start
+
+
+class PrefixScorer(FreshScorer):
+    """A forward pass over the first tokens of each sequence."""
+
+    shortens = True
+
+    def __init__(self, share: float) -> None:
+        """Read this share of the tokens, in (0, 1], rounded up to a multiple of 8."""
+        self._share = share
+
+    def tokens(self, seq_length: int) -> int:
+        """The share of the sequence's tokens, at most all."""
+        return min(seq_length, math.ceil(self._share * seq_length / PREFIX_MULTIPLE) * PREFIX_MULTIPLE)
+
+
+class HistoryScorer(Scorer):
+    """No pass: the stored scores choose, and the training forward updates those of what it trains on."""
+
+    makes_passes = False
+
+    def scores_at(self, iteration: int) -> bool:
+        """Never."""
+        return False
+
+    def passes(self, start: int, stop: int) -> int:
+        """None."""
+        return 0
+
+
+class PeriodicScorer(Scorer):
+    """A fresh pass on every k-th iteration, history between."""
+
+    def __init__(self, period: int) -> None:
+        """Score on iterations that are a multiple of this, >= 1."""
+        self._period = period
+
+    def scores_at(self, iteration: int) -> bool:
+        """On multiples of the period."""
+        return iteration % self._period == 0
+
+    def passes(self, start: int, stop: int) -> int:
+        """Multiples of the period."""
+        return -(-stop // self._period) - -(-start // self._period)
+
+
+class ExternalScorer(HistoryScorer):
+    """Scores that somebody else made choose, and never change."""
+
+    learns = False
+
+
+class NoScorer(HistoryScorer):
+    """Of arms that choose at random or not at all."""
+
+    learns = False
+
+
+SCORERS: Mapping[str, Callable[[EvolvedSamplingConfig], Scorer]] = {
+    "fresh": lambda config: FreshScorer(),
+    "history": lambda config: HistoryScorer(),
+    "every-k": lambda config: PeriodicScorer(config.score_every),
+    "prefix": lambda config: PrefixScorer(config.prefix_share),
+    "external": lambda config: ExternalScorer(),
+}
+
+
+def scorer_of(config: EvolvedSamplingConfig) -> Scorer:
+    """The scorer that the settings name, or none where the arm keeps no scores."""
+    return SCORERS[config.scorer](config) if arm_of(config).scores else NoScorer()
