@@ -36,7 +36,7 @@ def read_readme() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
-REPORT = ["tensorboard", "matplotlib", "pyarrow"]
+REPORT = ["tensorboard", "matplotlib", "jinja2", "pyarrow"]
 DEEPSPEED = ["deepspeed>=0.16"]  # tested: 0.19.8
 DEV = [
     "pytest>=8",
@@ -58,7 +58,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["es_megatron", "es_megatron.*"]),
-    package_data={"es_megatron": ["py.typed"]},
+    package_data={"es_megatron": ["py.typed"], "es_megatron.report": ["page.html.j2"]},
     cmdclass={"build_py": BuildWithShipped},
     install_requires=[
         "torch>=2.6",  # tested: 2.13.0

@@ -33,21 +33,22 @@ def run_report(arguments: argparse.Namespace) -> int:
         from es_megatron.report.figures import draw_run
     except ImportError as error:
         raise ConfigError(
-            "`es-megatron report` needs matplotlib, which is not installed. Install `es_megatron[report]`."
+            f"`es-megatron report` must find matplotlib and jinja2, but does not: {error}. "
+            "Install `es_megatron[report]`."
         ) from error
     pictures, notes = draw_run(analysis), list(analysis.notes)
     at = next((n for n, picture in enumerate(pictures) if picture.name == "losses"), len(pictures) - 1) + 1
     pictures[at:at] = score_pictures(directory, analysis, notes)
     folder = directory / FOLDER
     output = arguments.output or folder / "report.html"
-    figures: list[str] = []
+    figures: list[tuple[Picture, bytes]] = []
     for picture in pictures:
         png = page.png_of(picture)
         write(folder / f"{picture.name}.png", png)
-        figures.append(page.figure_of(picture, png))
+        figures.append((picture, png))
     subtitle = f"{directory.resolve()}, after {analysis.iteration} of {analysis.plan['iterations']} iterations"
     facts = page.facts_of(analysis, read_summary(directory, notes))
-    text = page.render(f"Evolved Sampling: {directory.resolve().name}", subtitle, facts, notes, "".join(figures))
+    text = page.render(f"Evolved Sampling: {directory.resolve().name}", subtitle, facts, notes, figures)
     write(output, text.encode("utf-8"))
     print(f"{output}: {len(pictures)} figures ({folder}/*.png)")
     for note in notes:

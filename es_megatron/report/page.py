@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from es_megatron.report.analysis import Analysis
 from es_megatron.report.figures import Picture
 
-STYLE = """
-body { margin: 0; background: #f6f7f9; color: #22262c; font: 16px/1.5 system-ui, "Segoe UI", Helvetica, sans-serif }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
-h1 { font-size: 1.6rem; margin: 0 0 .2rem }
-h2 { font-size: 1.1rem; margin: 0 0 .6rem }
-p.sub { margin: 0 0 1.4rem; color: #5d6570 }
-section, figure, aside { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; margin: 0 0 1.2rem;
-  padding: 1rem 1.2rem }
-aside { background: #fff9e8; border-color: #eadfb8 }
-aside ul { margin: 0; padding-left: 1.1rem }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid #eef0f3 }
-th { font-weight: 500; color: #5d6570; width: 13rem }
-tr:last-child th, tr:last-child td { border-bottom: 0 }
-img { display: block; width: 100%; height: auto }
-figcaption { margin-top: .6rem; color: #5d6570; font-size: .9rem }
-""".strip()
+TEMPLATE = "page.html.j2"
 
 
 def png_of(picture: Picture) -> bytes:
@@ -38,7 +23,13 @@ def png_of(picture: Picture) -> bytes:
     return content.getvalue()
 
 
-def render(title: str, subtitle: str, facts: Sequence[tuple[str, str]], notes: Sequence[str], figures: str) -> str:
+def render(
+    title: str,
+    subtitle: str,
+    facts: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    figures: Sequence[tuple[Picture, bytes]],
+) -> str:
     """The page.
 
     Args:
@@ -46,26 +37,22 @@ def render(title: str, subtitle: str, facts: Sequence[tuple[str, str]], notes: S
         subtitle: one line below it.
         facts: rows of the table.
         notes: what a reader must know about what is shown, or is not.
-        figures: of `figure_of`, one after the other.
+        figures: each picture with its content of `png_of`.
     """
-    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>\n" for name, value in facts)
-    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    aside = f"<aside><ul>{listed}</ul></aside>\n" if notes else ""
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{html.escape(title)}</h1>\n<p class="sub">{html.escape(subtitle)}</p>\n'
-        f"<section><table>\n{table}</table></section>\n{aside}{figures}</main>\n</body>\n</html>\n"
+    environment = Environment(
+        loader=PackageLoader("es_megatron.report", "."),
+        autoescape=True,  # of every name: jinja2's own choice goes by the suffix, which is `j2` here
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-
-
-def figure_of(picture: Picture, png: bytes) -> str:
-    """A picture with its title and caption."""
-    title = html.escape(picture.title)
-    source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-    caption = f"<figcaption>{html.escape(picture.caption)}</figcaption>"
-    return f'<figure><h2>{title}</h2>\n<img alt="{title}" src="{source}">\n{caption}</figure>\n'
+    shown = [
+        {"title": picture.title, "caption": picture.caption, "base64": base64.b64encode(png).decode("ascii")}
+        for picture, png in figures
+    ]
+    template = environment.get_template(TEMPLATE)
+    return template.render(title=title, subtitle=subtitle, facts=facts, notes=notes, figures=shown)
 
 
 def facts_of(analysis: Analysis, summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -70,7 +70,7 @@ def test_wheel_holds_the_shipped_folders_and_finds_them(tmp_path: Path) -> None:
         }
         assert expected
         assert expected <= names
-    assert "es_megatron/py.typed" in names
+    assert {"es_megatron/py.typed", "es_megatron/report/page.html.j2"} <= names
     assert not [name for name in names if name.startswith("tests/")]
 
     ask = "from es_megatron.resources import resource; print(resource('patches'))"

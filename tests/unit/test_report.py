@@ -8,11 +8,13 @@ import json
 import logging
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from es_megatron.cli import main
 from es_megatron.config import EvolvedSamplingConfig
@@ -22,6 +24,8 @@ from es_megatron.core.step import StepRecord
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import DataError
 from es_megatron.report.analysis import analyse, merge_components, step_of, thin
+from es_megatron.report.figures import Picture
+from es_megatron.report.page import render
 from es_megatron.trainer import passes
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.metrics_file import NAME, MetricsFile, Stretch, read_metrics
@@ -44,9 +48,9 @@ def step(plan: Plan, number: int) -> tuple[StepRecord, Iteration, float]:
     random = np.random.default_rng(number)
     weight = [0.7, 0.2, 0.1] + [0.0] * (len(plan.schedule.manifest.components) - 3)
     drawn = np.sort(random.choice(len(weight), B, p=weight)).astype(np.int64)
-    evolving = plan.config.selects and plan.schedule.phases.evolving(number)
+    evolving = plan.arm.selects and plan.schedule.phases.evolving(number)
     chosen = np.sort(np.argsort(-(1.0 + (drawn == 1)) * random.random(B))[: plan.kept]) if evolving else np.arange(B)
-    scored = B if evolving and plan.config.scores else 0
+    scored = B if evolving and plan.arm.scores else 0
     seconds = {"score": scored / B * SECONDS / 3, "train": len(chosen) / B * SECONDS, "order": 0.001}
     known = bool(scored) or not evolving
     loss, of_skipped = (5.0 - 0.01 * number if known else math.nan), (4.5 if scored else math.nan)
@@ -272,6 +276,33 @@ def test_output_goes_where_it_is_told(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("")
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "file" / "page.html")]) == 2
     assert "Name another file with `--output`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["matplotlib.axes", "jinja2"])
+def test_a_missing_library_is_named_with_the_cure(
+    name: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, plan_of(), 3)
+    for loaded in [module for module in sys.modules if module.startswith("es_megatron.report.")]:
+        if loaded.rpartition(".")[2] in ("page", "figures"):
+            monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.delattr("es_megatron.report.page", raising=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    assert main(["report", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "must find matplotlib and jinja2" in told
+    assert f"import of {name}" in told
+    assert "Install `es_megatron[report]`" in told
+
+
+def test_texts_of_a_page_are_escaped() -> None:
+    picture = Picture("name", 'a "<title>"', "<caption>", Figure())
+    page = render("<t>", "<s>", [("<name>", "<value>")], ["<note>"], [(picture, b"png")])
+    for text in ("t", "s", "name", "value", "note", "caption", "title"):
+        assert f"&lt;{text}&gt;" in page
+    assert 'alt="a &#34;&lt;title&gt;&#34;"' in page
+    assert pictures_of(page) == [b"png"]
+    assert "<aside>" not in render("t", "s", [], [], [])
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: Any) -> None:
