@@ -6,8 +6,8 @@ checksum. Between them and after them stands a step of all ranks, in the main th
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class BackgroundSave:
         """What the scores took, once they are written."""
         self._checksums: Checksums = {}
         writer.prepare()
-        self._work = Work(writer.write)
+        self._in_thread = start_in_thread(writer.write)
 
     def advance(self, *, wait: bool = False) -> Path | None:
         """Take the next step if every rank has come so far; collective, at the same iteration everywhere.
@@ -50,13 +50,13 @@ class BackgroundSave:
         Raises:
             CheckpointError: on every rank, if writing failed on any; older checkpoints are untouched.
         """
-        while wait or not any(self._grid.gather_objects(self._work.running)):
+        while wait or all(self._grid.gather_objects(self._in_thread.done())):
             with agreed(self._grid, f"save iteration {self.iteration}", self._drop):
-                self._work.join()
+                self._in_thread.result()
             if self.report is not None:
                 return self._checkpoints.finish(self.iteration, self._checksums)
             self.report = self._writer.finish()
-            self._work = Work(self._checksum)
+            self._in_thread = start_in_thread(self._checksum)
         return None
 
     def _checksum(self) -> None:
@@ -66,29 +66,9 @@ class BackgroundSave:
         self._checkpoints.drop(self.iteration)
 
 
-class Work:
-    """A function in a thread, whose exception is raised where it is waited for."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        """Start it."""
-        self._function = function
-        self._problem: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="es-checkpoint")
-        self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        """Whether it is still at work."""
-        return self._thread.is_alive()
-
-    def join(self) -> None:
-        """Wait for it."""
-        self._thread.join()
-        if self._problem is not None:
-            raise self._problem
-
-    def _run(self) -> None:
-        try:
-            self._function()
-        except Exception as error:  # noqa: BLE001 - raised in `join`
-            self._problem = error
+def start_in_thread(function: Callable[[], None]) -> Future[None]:
+    """Run a function in a thread of its own, which ends with it; the interpreter does not exit before."""
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="es-checkpoint")
+    future = executor.submit(function)
+    executor.shutdown(wait=False)  # takes no more; what it has taken is still run
+    return future
