@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.step_sizes import MICRO_BATCH, VOCAB
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.testing import cpu
@@ -32,8 +33,6 @@ ARMS = {
     "es": EvolvedSamplingConfig(preset="paper"),
     "eswp": EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2),
 }
-VOCAB = 2048
-MICRO_BATCH = 4
 PASSES = 3
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.step import MICRO_BATCH, VOCAB
+from benchmarks.step_sizes import MICRO_BATCH, VOCAB
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.plan import Layout, Plan
 from es_megatron.data.manifest import Manifest
 from es_megatron.frameworks.feed import Rows
-from es_megatron.trainer.backend import stop
+from es_megatron.trainer.backends import stop
 from es_megatron.trainer.deepspeed_backend import DeepSpeedPasses, attach_rows, build_deepspeed, initialize
 from es_megatron.trainer.deepspeed_settings import DeepSpeedSettings
 from es_megatron.trainer.passes import calibrate, dummy_batch

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from benchmarks.step import MICRO_BATCH, VOCAB
+from benchmarks.step_sizes import MICRO_BATCH, VOCAB
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.plan import Layout, Plan
 from es_megatron.data.manifest import Manifest

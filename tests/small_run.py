@@ -22,7 +22,6 @@ cpu.install()
 
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
-import es_megatron.trainer.megatron_backend  # noqa: E402, F401 - the trainer imports it late; forks shall share it
 from es_megatron.config import build  # noqa: E402
 from es_megatron.trainer.loop import Trainer  # noqa: E402
 from es_megatron.trainer.model import unwrap  # noqa: E402

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows
-from es_megatron.trainer.settings import PretrainSettings
-
-if TYPE_CHECKING:
-    from es_megatron.frameworks.megatron_data import LoadedBlend
 
 
 class Iteration(NamedTuple):
@@ -61,47 +56,3 @@ class Backend(Protocol):
     def load(self, directory: Path) -> None:
         """Take them back, also under another data-parallel size; collective."""
         ...
-
-
-def start(settings: PretrainSettings) -> None:
-    """Join the process groups that the backend of a run needs; collective.
-
-    Raises:
-        LayoutError: the world cannot hold the layout.
-        ConfigError: the backend is not installed, or cannot do what is asked of it.
-    """
-    if settings.backend == "deepspeed":
-        from es_megatron.trainer.deepspeed_backend import initialize
-    else:
-        from es_megatron.trainer.model import initialize
-    initialize(settings)
-
-
-def build_backend(
-    settings: PretrainSettings, blend: LoadedBlend, train_samples: int, warm_start: WarmStart = start_with_scores
-) -> Backend:
-    """Build the model of a run in its framework, and attach; collective, after `start`.
-
-    Args:
-        settings: of the run.
-        blend: where samples come from.
-        train_samples: draws of the plain run.
-        warm_start: see `EvolvedSampling`.
-
-    Raises:
-        EsError: what cannot work.
-    """
-    if settings.backend == "deepspeed":
-        from es_megatron.trainer.deepspeed_backend import DeepSpeedBackend
-
-        return DeepSpeedBackend(settings, blend, train_samples, warm_start)
-    from es_megatron.trainer.megatron_backend import MegatronBackend
-
-    return MegatronBackend(settings, blend, train_samples, warm_start)
-
-
-def stop() -> None:
-    """Leave the process groups."""
-    from es_megatron.trainer.model import shutdown
-
-    shutdown()

@@ -19,7 +19,8 @@ from es_megatron.errors import DataError
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scoring.arms import prunes
-from es_megatron.trainer.backend import Backend, Iteration, build_backend, start, stop
+from es_megatron.trainer.backend import Backend, Iteration
+from es_megatron.trainer.backends import build_backend, start, stop
 from es_megatron.trainer.checkpoints import RunCheckpoints
 from es_megatron.trainer.journal import Journal
 from es_megatron.trainer.settings import PretrainSettings
