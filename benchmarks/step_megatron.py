@@ -18,7 +18,7 @@ from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_core import attach
 from es_megatron.trainer.model import build_model, forward_step, initialize, shutdown, transformer_config
 from es_megatron.trainer.optimizer import build_optimizer, step, zero_gradients
-from es_megatron.trainer.passes import Passes, calibrate
+from es_megatron.trainer.passes import SchedulePasses, calibrate
 from es_megatron.trainer.settings import (
     DataSettings,
     ModelSettings,
@@ -65,7 +65,7 @@ class MegatronBench:
             for name, config in arms.items()
         }
         first = next(iter(self._arms.values()))
-        self._passes = Passes(self.settings, self.chunks, self._schedule, first.engine.grid, first.loss_source)
+        self._passes = SchedulePasses(self.settings, self.chunks, self._schedule, first.engine.grid, first.loss_source)
 
     def done(self, name: str) -> bool:
         """Whether an arm's planned run is over."""

@@ -12,16 +12,16 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from es_megatron.bench.documents import Part, derive, read_parts
+from es_megatron.bench.documents import ComponentTexts, derive, read_parts
 from es_megatron.bench.recipe import Recipe, digest, identity
-from es_megatron.bench.runs import Blend
+from es_megatron.bench.runs import CaseBlend
 from es_megatron.errors import DataError
 from es_megatron.prepare.command import PrepareSettings, prepare, summarise
 from es_megatron.prepare.demo_corpus import write_demo_corpora
 from es_megatron.prepare.output_folder import appearing_folder
 
 
-def make_blend(name: str, recipe: Recipe, data: Path, wikitext: Path | None) -> Blend:
+def make_blend(name: str, recipe: Recipe, data: Path, wikitext: Path | None) -> CaseBlend:
     """Find the blend of a recipe, or make it.
 
     Args:
@@ -37,14 +37,14 @@ def make_blend(name: str, recipe: Recipe, data: Path, wikitext: Path | None) -> 
     if recipe.blend is not None:
         if not recipe.blend.is_file():
             raise DataError(f"Blend file `{recipe.blend}` of `{name}` does not exist: prepare it, or correct the path.")
-        return Blend(recipe.blend, told)
+        return CaseBlend(recipe.blend, told)
     folder = data / f"{name}-{digest(told)}"
     if not (folder / "blend.yaml").is_file():
         with _in_turn(data):
             if not (folder / "blend.yaml").is_file():
                 demo = demo_texts(data) if recipe.demo else data
                 _prepare(derive(read_parts(recipe, demo, wikitext), recipe), recipe, folder)
-    return Blend(folder / "blend.yaml", told)
+    return CaseBlend(folder / "blend.yaml", told)
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def demo_texts(data: Path) -> Path:
     return folder
 
 
-def _prepare(parts: Sequence[Part], recipe: Recipe, folder: Path) -> None:
+def _prepare(parts: Sequence[ComponentTexts], recipe: Recipe, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".texts-") as texts:
         for part in parts:
             with Path(texts, f"{part.name}.jsonl").open("w", encoding="utf-8") as file:

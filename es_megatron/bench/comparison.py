@@ -14,7 +14,7 @@ from es_megatron.bench.crew import Answer, Crew
 from es_megatron.bench.plots import draw
 from es_megatron.bench.results import conclude
 from es_megatron.bench.runs import (
-    Blend,
+    CaseBlend,
     Outcome,
     Task,
     best_rate,
@@ -50,7 +50,7 @@ class Comparison:
             name: make_blend(name, spec.blends[name], data, wikitext)
             for name in dict.fromkeys(case.blend for case in spec.cases.values())
         }
-        self._blends: Mapping[str, Blend] = {name: made[case.blend] for name, case in spec.cases.items()}
+        self._blends: Mapping[str, CaseBlend] = {name: made[case.blend] for name, case in spec.cases.items()}
         check_arms(spec, self._blends)
         self.outcomes: dict[Task, Outcome] = {}
 

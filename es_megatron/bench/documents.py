@@ -26,8 +26,8 @@ MEGABYTE = 10**6
 _HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
 
 
-class Part(NamedTuple):
-    """One component to be."""
+class ComponentTexts(NamedTuple):
+    """The documents of one component to be."""
 
     name: str
     texts: list[str]
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     """Whether some documents are held out; otherwise all are trained on that nobody else holds out."""
 
 
-def read_parts(recipe: Recipe, demo: Path, wikitext: Path | None) -> list[Part]:
+def read_parts(recipe: Recipe, demo: Path, wikitext: Path | None) -> list[ComponentTexts]:
     """Read the documents of all components, each at most `max_megabytes` chosen evenly.
 
     Args:
@@ -47,9 +47,9 @@ def read_parts(recipe: Recipe, demo: Path, wikitext: Path | None) -> list[Part]:
         DataError: a file is missing or damaged.
     """
     if recipe.demo:
-        parts = [Part(path.stem, _read(path, path.stem, "text")) for path in sorted(demo.glob("*.jsonl"))]
+        parts = [ComponentTexts(path.stem, _read(path, path.stem, "text")) for path in sorted(demo.glob("*.jsonl"))]
     elif recipe.wikitext:
-        parts = [Part("wikitext", list(articles(wikitext_file(wikitext))))]
+        parts = [ComponentTexts("wikitext", list(articles(wikitext_file(wikitext))))]
     else:
         named: dict[str, list[str]] = {}
         for argument in recipe.components:
@@ -59,7 +59,7 @@ def read_parts(recipe: Recipe, demo: Path, wikitext: Path | None) -> list[Part]:
             else:
                 for value, texts in split(path, name, recipe.text_key, recipe.split_by).items():
                     named.setdefault(f"{name}-{value}", []).extend(texts)
-        parts = [Part(name, texts, _evaluated(name, recipe)) for name, texts in named.items()]
+        parts = [ComponentTexts(name, texts, _evaluated(name, recipe)) for name, texts in named.items()]
     return [_limited(part, recipe.max_megabytes) for part in parts]
 
 
@@ -71,7 +71,7 @@ def _evaluated(name: str, recipe: Recipe) -> bool:
     return not recipe.evaluated or any(name.endswith(f"-{value}") for value in recipe.evaluated)
 
 
-def _limited(part: Part, megabytes: float | None) -> Part:
+def _limited(part: ComponentTexts, megabytes: float | None) -> ComponentTexts:
     if megabytes is None:
         return part
     sizes_N = np.asarray([len(text.encode("utf-8", "replace")) for text in part.texts], np.int64)
@@ -112,7 +112,7 @@ def _open(path: Path) -> Iterator[str]:
         yield from file
 
 
-def derive(parts: Sequence[Part], recipe: Recipe) -> list[Part]:
+def derive(parts: Sequence[ComponentTexts], recipe: Recipe) -> list[ComponentTexts]:
     """Apply what a recipe asks for; the same documents and recipe give the same parts."""
     found = list(parts)
     if recipe.damage is not None:
@@ -124,14 +124,14 @@ def derive(parts: Sequence[Part], recipe: Recipe) -> list[Part]:
     return found
 
 
-class Place(NamedTuple):
-    """A document."""
+class DocumentPlace(NamedTuple):
+    """Where a document stands among the components."""
 
     part: int
     number: int
 
 
-def damage(parts: list[Part], settings: Damage, recipe: Recipe) -> list[Part]:
+def damage(parts: list[ComponentTexts], settings: Damage, recipe: Recipe) -> list[ComponentTexts]:
     """Replace a share of the training documents by damaged copies, in equal numbers for each kind."""
     random = np.random.default_rng([recipe.seed, 1])
     places = _training(parts, recipe.validation_share)
@@ -143,11 +143,11 @@ def damage(parts: list[Part], settings: Damage, recipe: Recipe) -> list[Part]:
         place = places[chosen]
         copies[kind].append(KINDS[kinds[kind]](parts[place.part].texts[place.number], random))
     rest = _without(parts, {places[chosen] for chosen in order.tolist()})
-    made = [Part(f"damaged-{kind}", texts, False) for kind, texts in zip(kinds, copies, strict=True)]
+    made = [ComponentTexts(f"damaged-{kind}", texts, False) for kind, texts in zip(kinds, copies, strict=True)]
     return rest + [part for part in made if part.texts]
 
 
-def duplicate(parts: list[Part], settings: Duplicates, recipe: Recipe) -> list[Part]:
+def duplicate(parts: list[ComponentTexts], settings: Duplicates, recipe: Recipe) -> list[ComponentTexts]:
     """Replace a share of the training documents by near copies of a few others."""
     random = np.random.default_rng([recipe.seed, 2])
     places = _training(parts, recipe.validation_share)
@@ -163,10 +163,10 @@ def duplicate(parts: list[Part], settings: Duplicates, recipe: Recipe) -> list[P
     copies = [
         change_words(originals[turn % len(originals)], words, settings.changed, random) for turn in range(len(replaced))
     ]
-    return [*_without(parts, {places[at] for at in replaced}), Part("near-copies", copies, False)]
+    return [*_without(parts, {places[at] for at in replaced}), ComponentTexts("near-copies", copies, False)]
 
 
-def add_easy(parts: list[Part], settings: Easy, recipe: Recipe) -> list[Part]:
+def add_easy(parts: list[ComponentTexts], settings: Easy, recipe: Recipe) -> list[ComponentTexts]:
     """Add the easy component."""
     random = np.random.default_rng([recipe.seed, 3])
     wanted = settings.share * sum(len(text) for part in parts for text in part.texts)
@@ -174,13 +174,13 @@ def add_easy(parts: list[Part], settings: Easy, recipe: Recipe) -> list[Part]:
     while wanted > 0:
         texts.append(easy_text(random))
         wanted -= len(texts[-1])
-    return [*parts, Part("easy", texts)]
+    return [*parts, ComponentTexts("easy", texts)]
 
 
-def _training(parts: Sequence[Part], share: float) -> list[Place]:
+def _training(parts: Sequence[ComponentTexts], share: float) -> list[DocumentPlace]:
     """Documents of evaluated parts that are not held out."""
     return [
-        Place(number, int(at))
+        DocumentPlace(number, int(at))
         for number, part in enumerate(parts)
         if part.evaluated
         for at in np.flatnonzero(~held_out(part.texts, share))
@@ -192,10 +192,10 @@ def held_out(texts: Sequence[str], share: float) -> NDArray[np.bool_]:
     return corpora.choose_validation(np.asarray([corpora.hash_text(text) for text in texts], np.uint64), share)
 
 
-def _without(parts: Sequence[Part], gone: set[Place]) -> list[Part]:
+def _without(parts: Sequence[ComponentTexts], gone: set[DocumentPlace]) -> list[ComponentTexts]:
     """Parts less some documents; a part that is left empty goes too."""
     rest = [
-        part._replace(texts=[text for at, text in enumerate(part.texts) if Place(number, at) not in gone])
+        part._replace(texts=[text for at, text in enumerate(part.texts) if DocumentPlace(number, at) not in gone])
         for number, part in enumerate(parts)
     ]
     return [part for part in rest if part.texts]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from es_megatron.bench.runs import Outcomes, Task, best_rate, searched
 from es_megatron.bench.spec import Spec
-from es_megatron.bench.statistics import Difference, paired, spread
+from es_megatron.bench.statistics import PairedDifference, paired, spread
 
 
 class Units(NamedTuple):
@@ -67,9 +67,9 @@ class ArmResult:
     """Tokens read to score, mean over seeds."""
     chosen: Mapping[str, float]
     """Share of the trained sequences by component."""
-    against: Mapping[str, Difference]
+    against: Mapping[str, PairedDifference]
     """Paired difference to each reference."""
-    domains_against: Mapping[str, Mapping[str, Difference]]
+    domains_against: Mapping[str, Mapping[str, PairedDifference]]
     """The same by reference and domain."""
     errors: Sequence[str]
     """Failed runs."""
@@ -212,7 +212,7 @@ def _off(yardstick: ArmResult, result: ArmResult) -> dict[str, float]:
     return {unit: share for unit, share in shares.items() if abs(share) > TOLERANCE}
 
 
-def _difference(spec: Spec, arm: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
+def _difference(spec: Spec, arm: Mapping[int, float], reference: Mapping[int, float]) -> PairedDifference:
     both = [seed for seed in arm if seed in reference]
     found = paired([arm[seed] for seed in both], [reference[seed] for seed in both])
     return found._replace(complete=len(both) == len(spec.seeds))

@@ -61,14 +61,14 @@ Outcomes = Mapping[Task, Outcome]
 
 
 @dataclass(frozen=True)
-class Blend:
+class CaseBlend:
     """The data of a case."""
 
     file: Path
     identity: Mapping[str, Any]
 
 
-def settings_of(spec: Spec, task: Task, blend: Blend, folder: Path) -> dict[str, Any]:
+def settings_of(spec: Spec, task: Task, blend: CaseBlend, folder: Path) -> dict[str, Any]:
     """The settings of a run as a mapping: base, case, arm, rate and seed, in this order.
 
     Raises:
@@ -105,7 +105,7 @@ def apply(sections: dict[str, Any], overrides: Overrides) -> None:
         inner[last] = {**mapping(inner.get(last), last), **value} if isinstance(value, dict) else value
 
 
-def identity_of(settings: Mapping[str, Any], blend: Blend) -> dict[str, Any]:
+def identity_of(settings: Mapping[str, Any], blend: CaseBlend) -> dict[str, Any]:
     """What must be equal for a finished run to count: its settings with all defaults, its data, and the versions.
 
     Not where anything stands: `initial_scores` are told by their content.
@@ -132,7 +132,7 @@ def scores_identity(path: Path) -> dict[str, Any]:
     }
 
 
-def check_arms(spec: Spec, blends: Mapping[str, Blend]) -> None:
+def check_arms(spec: Spec, blends: Mapping[str, CaseBlend]) -> None:
     """Refuse arms whose settings cannot be, before anything runs; `ConfigError` names the arm."""
     for case in spec.cases:
         for arm in spec.arms:

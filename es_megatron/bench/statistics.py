@@ -22,7 +22,7 @@ FEWEST = 3
 """Paired seeds below which nothing is said."""
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """An arm minus a reference over the seeds both have, nats per token; below 0 the arm is better."""
 
     mean: float
@@ -57,7 +57,7 @@ def quantile(freedom: int) -> float:
     return NORMAL + first + second
 
 
-def paired(arm: Sequence[float], reference: Sequence[float]) -> Difference:
+def paired(arm: Sequence[float], reference: Sequence[float]) -> PairedDifference:
     """Mean difference with its 95% interval.
 
     Args:
@@ -67,11 +67,11 @@ def paired(arm: Sequence[float], reference: Sequence[float]) -> Difference:
     difference = np.asarray(arm, np.float64) - np.asarray(reference, np.float64)
     mean, count = float(difference.mean()) if len(difference) else math.nan, len(difference)
     if count < 2:
-        return Difference(mean, -math.inf, math.inf, count)
+        return PairedDifference(mean, -math.inf, math.inf, count)
     if not np.isfinite(difference).all():
-        return Difference(mean, -math.inf, math.inf, count)
+        return PairedDifference(mean, -math.inf, math.inf, count)
     half = quantile(count - 1) * float(difference.std(ddof=1)) / math.sqrt(count)
-    return Difference(mean, mean - half, mean + half, count)
+    return PairedDifference(mean, mean - half, mean + half, count)
 
 
 def spread(values: Sequence[float]) -> float:

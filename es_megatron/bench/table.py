@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from es_megatron.bench.results import LOSSLESS, ArmResult, CaseResult, Results
-from es_megatron.bench.statistics import Difference
+from es_megatron.bench.statistics import PairedDifference
 
 MEGA = 1e-6
 
@@ -105,7 +105,7 @@ def _chosen(case: CaseResult) -> Section:
     return Section(f"{case.case}: share of the trained sequences by component", rows)
 
 
-def _difference(difference: Difference) -> str:
+def _difference(difference: PairedDifference) -> str:
     if difference.seeds == 0:
         return "-"
     if difference.seeds == 1:

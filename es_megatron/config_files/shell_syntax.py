@@ -103,7 +103,7 @@ def parse(text: str) -> list[Node]:
     Raises:
         ConfigError: a quote or bracket is never closed; names its line.
     """
-    return _Parser(text).run()
+    return _ShellParser(text).run()
 
 
 def parse_value(text: str) -> Word:
@@ -111,10 +111,10 @@ def parse_value(text: str) -> Word:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     escaped = text.replace('"', '\\"')
-    return _Parser(f'"{escaped}"').read_word()
+    return _ShellParser(f'"{escaped}"').read_word()
 
 
-class _Parser:
+class _ShellParser:
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
         self.nodes: list[Node] = []

@@ -27,7 +27,7 @@ Float64 = npt.NDArray[np.float64]
 MAX_REFINEMENTS = 64
 
 
-class Place(NamedTuple):
+class DrawPlaces(NamedTuple):
     """Where draws stand in the epochs of their component."""
 
     epoch: Int64
@@ -67,7 +67,7 @@ class Epochs:
         late = np.maximum(epoch - self.after_pruned[component], 0)
         return (early + late) * self.full[component] + middle * self.kept[component]
 
-    def place(self, component: Int64 | int, draw: Int64) -> Place:
+    def place(self, component: Int64 | int, draw: Int64) -> DrawPlaces:
         """Epoch and index of draws of components."""
         full, kept = self.full[component], self.kept[component]
         first, after = self.first_pruned[component], self.after_pruned[component]
@@ -77,7 +77,7 @@ class Epochs:
         late = draw >= edge_2
         base = np.where(late, edge_2, np.where(pruned, edge_1, 0))
         turn, index = np.divmod(draw - base, np.where(pruned, kept, full))
-        return Place(np.where(late, after, np.where(pruned, first, 0)) + turn, index, pruned)
+        return DrawPlaces(np.where(late, after, np.where(pruned, first, 0)) + turn, index, pruned)
 
     def stood_for(self, draws: Int64) -> Float64:
         """Draws of the plain run that the first `draws[c]` of each component stand for: n_c / m_c per pruned one."""

@@ -13,7 +13,7 @@ from es_megatron.data.manifest import Manifest
 from es_megatron.errors import ConfigError
 
 
-class Blend(Protocol):
+class BlendLike(Protocol):
     """Samples by id, and what they belong to; `load_blend` makes one of a blend file."""
 
     @property
@@ -28,7 +28,7 @@ class Blend(Protocol):
 
 
 def attach(
-    target: Any, blend: Blend, *, train_samples: int, config: EvolvedSamplingConfig | None = None, **options: Any
+    target: Any, blend: BlendLike, *, train_samples: int, config: EvolvedSamplingConfig | None = None, **options: Any
 ) -> Any:
     """Attach Evolved Sampling to a training loop; collective, on every rank.
 

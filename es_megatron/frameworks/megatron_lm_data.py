@@ -27,7 +27,7 @@ from es_megatron.frameworks.megatron_data import OneEpochDataset, TokenFile, fin
 Sample = dict[str, Tensor]
 
 
-class Source(NamedTuple):
+class DataPathEntry(NamedTuple):
     """One entry of `--data-path` or `--train-data-path`."""
 
     prefix: str
@@ -73,7 +73,7 @@ class SplitRows(OneEpochDataset):
 class Sources(NamedTuple):
     """The training data on a command line."""
 
-    files: list[Source]
+    files: list[DataPathEntry]
     training_part: Callable[[int], int]
     """How many of a file's sequences are for training."""
 
@@ -97,7 +97,7 @@ def read_sources(args: Namespace) -> Sources:
     return Sources(weigh_sources(*chosen), lambda sequences: round(share * sequences))
 
 
-def weigh_sources(prefixes: Sequence[str], weights: Sequence[float] | None) -> list[Source]:
+def weigh_sources(prefixes: Sequence[str], weights: Sequence[float] | None) -> list[DataPathEntry]:
     """Pair files with their weights.
 
     Raises:
@@ -106,7 +106,7 @@ def weigh_sources(prefixes: Sequence[str], weights: Sequence[float] | None) -> l
     if len(set(prefixes)) < len(prefixes):
         twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
         raise ConfigError(f"`{twice}` stands more than once in the data paths: add its weights up and give it once.")
-    return [Source(str(p), w) for p, w in zip(prefixes, weights or [None] * len(prefixes), strict=True)]
+    return [DataPathEntry(str(p), w) for p, w in zip(prefixes, weights or [None] * len(prefixes), strict=True)]
 
 
 def training_share(split: str) -> float:
@@ -206,7 +206,7 @@ def make_samples(manifest: Manifest, rows: Sequence[SplitRows], dataset: Any) ->
     return ComponentRows(manifest, [take_rows(part, each) for part, each in zip(parts, rows, strict=True)])
 
 
-class Window:
+class RowLookup:
     """Stands where upstream's dataset looks up the tokens of a sample."""
 
     def __init__(self, rows: SplitRows, answers: int) -> None:
@@ -223,7 +223,7 @@ def take_rows(dataset: Any, rows: SplitRows) -> Any:
     """Copy upstream's dataset; item r of the copy is made from row r."""
     view = copy.copy(dataset)
     answers = len(dataset._query_document_sample_shuffle_indices(0))
-    view._query_document_sample_shuffle_indices = Window(rows, answers)
+    view._query_document_sample_shuffle_indices = RowLookup(rows, answers)
     # Older versions cache one mask and write into it where a label is the padding id: a sample would depend on those
     # read before it.
     view.masks_and_position_ids_are_cacheable = False

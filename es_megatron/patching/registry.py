@@ -35,8 +35,8 @@ class Status(NamedTuple):
     """Why, where the state is neither `ready` nor `applied`."""
 
 
-class Place(NamedTuple):
-    """Where a target is."""
+class TargetAttribute(NamedTuple):
+    """The attribute that a target names."""
 
     owner: Any
     name: str
@@ -111,10 +111,10 @@ def apply(patches: PatchList, *, strict: bool = False) -> list[Status]:
         raise PatchError(f"Nothing was patched: {'; '.join(told)}. {cure}")
     replacements = [(status.patch, _load_glue(status.patch)) for status in statuses if status.state == "ready"]
     for patch, glue in replacements:
-        place = _find(patch.target)
-        replacement = functools.wraps(place.value)(glue(place.value))
-        setattr(replacement, MARK, (patch.name, place.value))
-        setattr(place.owner, place.name, replacement)
+        target = _find(patch.target)
+        replacement = functools.wraps(target.value)(glue(target.value))
+        setattr(replacement, MARK, (patch.name, target.value))
+        setattr(target.owner, target.name, replacement)
     return [Status(status.patch, "applied", "") for status in statuses]
 
 
@@ -128,18 +128,18 @@ def undo(patches: PatchList) -> list[str]:
         PatchError: something else wrapped a target after us; nothing is undone then.
     """
     version = parse_version(upstream_version(patches))
-    places = [(patch, _find(patch.target)) for patch in reversed(_for_version(patches, version))]
-    for patch, place in places:
-        if _own_mark(place.value) is None and _is_wrapped_below(place.value):
+    targets = [(patch, _find(patch.target)) for patch in reversed(_for_version(patches, version))]
+    for patch, target in targets:
+        if _own_mark(target.value) is None and _is_wrapped_below(target.value):
             raise PatchError(
                 f"`{patch.target}` was wrapped by something else after es_megatron patched it. Undo that first; "
                 "nothing was undone."
             )
     undone: list[str] = []
-    for patch, place in places:
-        mark = _own_mark(place.value)
+    for patch, target in targets:
+        mark = _own_mark(target.value)
         if mark is not None:
-            setattr(place.owner, place.name, mark[1])
+            setattr(target.owner, target.name, mark[1])
             undone.append(patch.name)
     return undone
 
@@ -196,9 +196,9 @@ class _Missing(Exception):  # noqa: N818 - never leaves this module
     """A target is not there."""
 
 
-def _find(place: str) -> Place:
+def _find(target: str) -> TargetAttribute:
     """Import a module and look an attribute up."""
-    module, _, path = place.partition(":")
+    module, _, path = target.partition(":")
     try:
         owner: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -207,13 +207,13 @@ def _find(place: str) -> Place:
         raise PatchError(f"`{module}` cannot be imported: {error}. Install what it needs.") from error
     *parents, name = path.split(".")
     for parent in parents:
-        owner = _attribute(owner, parent, place)
-    return Place(owner, name, _attribute(owner, name, place))
+        owner = _attribute(owner, parent, target)
+    return TargetAttribute(owner, name, _attribute(owner, name, target))
 
 
-def _attribute(owner: Any, name: str, place: str) -> Any:
+def _attribute(owner: Any, name: str, target: str) -> Any:
     if not hasattr(owner, name):
-        raise _Missing(f"`{place}` does not exist")
+        raise _Missing(f"`{target}` does not exist")
     return getattr(owner, name)
 
 

@@ -26,7 +26,7 @@ AGES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 254), (255, 255))
 """Ranges of visits, both ends included; 255 stands for all above."""
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Consecutive rows of a component."""
 
     row: int
@@ -55,7 +55,7 @@ class ScoreFiles:
         found = self.state.get("engine", {}).get("iteration")
         return None if found is None else int(found)
 
-    def blocks(self, component: int) -> Iterator[Block]:
+    def blocks(self, component: int) -> Iterator[RowBlock]:
         """Scores of a component in order of its rows; damage raises `CheckpointError`."""
         begin, end = self.manifest.offsets[component : component + 2].tolist()
         reader = Reader(self.folder, self._document)
@@ -65,7 +65,7 @@ class ScoreFiles:
                 score, visits = np.empty(size, np.float32), np.empty(size, np.uint8)
                 reader.read_range("score", score, low)
                 reader.read_range("visits", visits, low)
-                yield Block(low - begin, score, visits)
+                yield RowBlock(low - begin, score, visits)
         finally:
             reader.close()
 
@@ -152,7 +152,7 @@ def middles_of(bins: npt.ArrayLike) -> Float32:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ScoreDifference:
     """How the scores of one component differ between two checkpoints."""
 
     component: str
@@ -169,7 +169,7 @@ class Difference:
     """Pearson's, over them; nan where one does not vary."""
 
 
-def compare(first: ScoreFiles, second: ScoreFiles, name: str) -> Difference:
+def compare(first: ScoreFiles, second: ScoreFiles, name: str) -> ScoreDifference:
     """Compare a component that both have, row by row, over the rows that both have."""
     numbers = [[c.name for c in files.manifest.components].index(name) for files in (first, second)]
     rows = changed = 0
@@ -185,8 +185,8 @@ def compare(first: ScoreFiles, second: ScoreFiles, name: str) -> Difference:
         distance += float(np.abs(y - x).sum())
     count = sums[0]
     if not count:
-        return Difference(name, rows, changed, 0, np.nan, np.nan, np.nan)
+        return ScoreDifference(name, rows, changed, 0, np.nan, np.nan, np.nan)
     mean_x, mean_y, xx, yy, xy = sums[1:] / count
     spread = np.sqrt(max(0.0, xx - mean_x**2) * max(0.0, yy - mean_y**2))
     correlation = (xy - mean_x * mean_y) / spread if spread > 1e-12 * max(xx, yy) else np.nan
-    return Difference(name, rows, changed, int(count), mean_y - mean_x, distance / count, float(correlation))
+    return ScoreDifference(name, rows, changed, int(count), mean_y - mean_x, distance / count, float(correlation))

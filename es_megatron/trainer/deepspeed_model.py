@@ -62,7 +62,7 @@ def build_pipeline(settings: PretrainSettings, vocab_size: int, world_size: int)
         activation_checkpoint_interval=1 if model.recompute == "full" else 0,
     )
     for part in module.modules():
-        if isinstance(part, Part):
+        if isinstance(part, KeyedModule):
             for key, weight in part.keyed_weights():
                 set_initial_weight(key, weight, model)
     return module
@@ -83,7 +83,7 @@ def mean_of_token_losses(logits_TBV: Tensor, labels: tuple[Tensor, Tensor]) -> T
     return mean_loss(*token_losses(logits_TBV, labels))
 
 
-class Part(torch.nn.Module):
+class KeyedModule(torch.nn.Module):
     """A piece of the model that knows its weights' names in the whole one."""
 
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -91,7 +91,7 @@ class Part(torch.nn.Module):
         raise NotImplementedError
 
 
-class Embedding(Part):
+class Embedding(KeyedModule):
     """Token embedding, plus that of positions where it is learned."""
 
     def __init__(self, config: TransformerConfig, rows: int, model: ModelSettings, *, positions: bool) -> None:
@@ -112,13 +112,13 @@ class Embedding(Part):
         return F.dropout(hidden.transpose(0, 1).contiguous(), p=self.dropout, training=self.training)
 
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Part`."""
+        """See `KeyedModule`."""
         yield WORDS, self.word_embeddings.weight
         if self.position_embeddings is not None:
             yield "embedding.position_embeddings.weight", self.position_embeddings.weight
 
 
-class Decoder(Part):
+class Decoder(KeyedModule):
     """One transformer layer of Megatron-Core."""
 
     def __init__(self, settings: PretrainSettings, config: TransformerConfig, number: int) -> None:
@@ -137,12 +137,12 @@ class Decoder(Part):
         return output[0]
 
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Part`."""
+        """See `KeyedModule`."""
         for name, weight in self.layer.named_parameters():
             yield f"decoder.layers.{self.number}.{name}", weight
 
 
-class FinalNorm(Part):
+class FinalNorm(KeyedModule):
     """The norm after the last layer."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -155,12 +155,12 @@ class FinalNorm(Part):
         return self.norm(hidden_TBH)  # pyright: ignore[reportCallIssue]
 
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Part`."""
+        """See `KeyedModule`."""
         for name, weight in self.norm.named_parameters():  # pyright: ignore[reportAttributeAccessIssue]
             yield f"decoder.final_layernorm.{name}", weight
 
 
-class Output(Part):
+class Output(KeyedModule):
     """The output layer where it is not tied to the embedding."""
 
     def __init__(self, config: TransformerConfig, rows: int) -> None:
@@ -175,7 +175,7 @@ class Output(Part):
         return self.linear(hidden_TBH)[0]
 
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Part`."""
+        """See `KeyedModule`."""
         weight: Any = self.linear.weight
         yield "output_layer.weight", weight
 

@@ -75,7 +75,7 @@ class Trainer:
 
     def _train(self, journal: Journal, iterations: int) -> None:
         training, run = self.settings.training, self.settings.run
-        window = Window()
+        sums = LogSums()
         while self.engine.iteration < iterations and not self._agreed_stop():
             began = time.perf_counter()
             iteration = self.backend.iterate()
@@ -83,13 +83,13 @@ class Trainer:
             record = self.engine.last
             assert record is not None  # the iteration has just set it
             self.totals.add(record, {"optimizer": iteration.updating, "step": elapsed}, succeeded=iteration.succeeded)
-            window.add(iteration, elapsed, record)
+            sums.add(iteration, elapsed, record)
             journal.advance(record, iteration, elapsed)
             self._save_on(journal)
             done = self.engine.iteration
             if done % training.log_interval == 0 or done == iterations:
-                self._log(journal, window, iteration.rate)
-                window = Window()
+                self._log(journal, sums, iteration.rate)
+                sums = LogSums()
             if training.eval_interval and done % training.eval_interval == 0 and done < iterations:
                 self._evaluate(journal)
             if run.save_interval and done % run.save_interval == 0 and done < iterations:
@@ -110,25 +110,25 @@ class Trainer:
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def _log(self, journal: Journal, window: Window, rate: float) -> None:
+    def _log(self, journal: Journal, sums: LogSums, rate: float) -> None:
         """Mean loss since the last line; collective."""
-        own = self.grid.broadcast_over_mp(np.asarray(window.loss), self.backend.loss_source)
+        own = self.grid.broadcast_over_mp(np.asarray(sums.loss), self.backend.loss_source)
         loss_sum, count = self.grid.sum_over_dp(own)
-        steps = max(window.steps, 1)
-        score, train = window.seconds.get("score", 0.0), window.seconds.get("train", 0.0)
+        steps = max(sums.steps, 1)
+        score, train = sums.seconds.get("score", 0.0), sums.seconds.get("train", 0.0)
         entry = LogEntry(
             iteration=self.engine.iteration,
             iterations=self.engine.plan.schedule.iterations,
             consumed=self.engine.iteration * self.engine.meta_batch,
-            milliseconds=1e3 * window.elapsed / steps,
+            milliseconds=1e3 * sums.elapsed / steps,
             learning_rate=rate,
             meta_batch=self.engine.meta_batch,
             lm_loss=float(loss_sum / count) if count else math.nan,
-            kept=window.kept,
+            kept=sums.kept,
             score_ms=1e3 * score / steps,
             train_ms=1e3 * train / steps,
-            other_ms=1e3 * (window.elapsed - score - train) / steps,
-            grad_norm=window.norm,
+            other_ms=1e3 * (sums.elapsed - score - train) / steps,
+            grad_norm=sums.norm,
             skipped=self.totals.skipped,
             bad=self.totals.bad,
         )
@@ -194,7 +194,7 @@ class Trainer:
         }
 
 
-class Window:
+class LogSums:
     """Sums since the last log line."""
 
     def __init__(self) -> None:

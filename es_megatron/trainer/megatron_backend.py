@@ -19,7 +19,7 @@ from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.model import build_model, forward_step, settled_weights, transformer_config
 from es_megatron.trainer.model_state import load_model, save_model
 from es_megatron.trainer.optimizer import build_optimizer, build_scheduler, learning_rate, step, zero_gradients
-from es_megatron.trainer.passes import Passes, calibrate, evaluate, reported_loss
+from es_megatron.trainer.passes import SchedulePasses, calibrate, evaluate, reported_loss
 from es_megatron.trainer.settings import PretrainSettings
 
 
@@ -53,7 +53,7 @@ class MegatronBackend:
         self.optimizer = build_optimizer(settings, self.chunks)
         self.scheduler: Any = build_scheduler(settings, self.optimizer, self.engine.plan.schedule.iterations)
         schedule = get_forward_backward_func()
-        self.passes = Passes(settings, self.chunks, schedule, self.engine.grid, self.loss_source)
+        self.passes = SchedulePasses(settings, self.chunks, schedule, self.engine.grid, self.loss_source)
         self.forward_backward = self.sampling.wrap(schedule)
 
     def iterate(self) -> Iteration:

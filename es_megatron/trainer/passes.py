@@ -56,7 +56,7 @@ class BarePasses(Protocol):
         ...
 
 
-class Passes(NamedTuple):
+class SchedulePasses(NamedTuple):
     """Passes through Megatron-Core's schedule."""
 
     settings: PretrainSettings

@@ -18,7 +18,7 @@ from es_megatron.bench.damage import (
     shuffle_sentences,
     shuffle_words,
 )
-from es_megatron.bench.documents import Part, articles, derive, held_out, read_parts, split
+from es_megatron.bench.documents import ComponentTexts, articles, derive, held_out, read_parts, split
 from es_megatron.bench.recipe import Damage, Duplicates, Easy, Recipe, digest, identity
 from es_megatron.errors import ConfigError, DataError
 from es_megatron.prepare.command import PrepareSettings, prepare
@@ -71,7 +71,7 @@ def test_easy_texts_follow_their_rule():
 
 @pytest.fixture
 def parts():
-    return [Part("a", make_texts(200, 1)), Part("b", make_texts(100, 2))]
+    return [ComponentTexts("a", make_texts(200, 1)), ComponentTexts("b", make_texts(100, 2))]
 
 
 def count(parts):

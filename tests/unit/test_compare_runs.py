@@ -13,7 +13,7 @@ import pytest
 from es_megatron import config
 from es_megatron.bench.crew import Answer, Crew
 from es_megatron.bench.runs import (
-    Blend,
+    CaseBlend,
     Outcome,
     Task,
     best_rate,
@@ -30,7 +30,7 @@ from es_megatron.rank_grid import RankGrid
 from tests.unit.naive import make_manifest
 from tests.unit.test_compare_spec import PATH, changed
 
-BLEND = Blend(Path("data/blend.yaml"), {"demo": True})
+BLEND = CaseBlend(Path("data/blend.yaml"), {"demo": True})
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def finish(folder: Path, identity, **summary):
 def test_a_finished_run_with_equal_settings_counts_wherever_it_stands(spec, tmp_path):
     task = Task("clean", "es", 1e-3, 1)
     finish(tmp_path, identity_of(settings_of(spec, task, BLEND, tmp_path), BLEND), iterations=3)
-    moved = Blend(Path("elsewhere/blend.yaml"), BLEND.identity)
+    moved = CaseBlend(Path("elsewhere/blend.yaml"), BLEND.identity)
     again = identity_of(settings_of(spec, task, moved, Path("other")), moved)
     found = read_outcome(tmp_path, again)
     assert found is not None
@@ -123,7 +123,7 @@ def test_other_settings_or_data_or_half_a_run_do_not_count(spec, tmp_path):
     identity = identity_of(settings_of(spec, task, BLEND, tmp_path), BLEND)
     finish(tmp_path, identity)
     assert read_outcome(tmp_path, identity_of(settings_of(spec, task._replace(seed=2), BLEND, tmp_path), BLEND)) is None
-    other = Blend(BLEND.file, {"demo": False})
+    other = CaseBlend(BLEND.file, {"demo": False})
     assert read_outcome(tmp_path, identity_of(settings_of(spec, task, other, tmp_path), other)) is None
     finish(tmp_path, identity)
     (tmp_path / "summary.json").write_text('{"finished": false}')

@@ -9,7 +9,7 @@ import yaml
 
 from es_megatron.bench.command import add_arguments, narrow
 from es_megatron.bench.recipe import Recipe
-from es_megatron.bench.runs import Blend, Task, check_arms, settings_of
+from es_megatron.bench.runs import CaseBlend, Task, check_arms, settings_of
 from es_megatron.bench.spec import Case, load_spec, read_spec
 from es_megatron.errors import ConfigError
 
@@ -95,7 +95,7 @@ def test_settings_are_base_case_arm_rate_and_seed_in_this_order():
     cases = {"long": {"blend": "clean", "overrides": {"training.passes": 10, "evolved_sampling.keep_ratio": 0.5}}}
     arms = {"es": {"evolved_sampling.keep_ratio": 0.25}}
     spec = read_spec(changed(cases=cases, arms=arms, references=[], final_rate=0.1), PATH)
-    made = settings_of(spec, Task("long", "es", 4e-3, 7), Blend(Path("b.yaml"), {}), Path("out"))
+    made = settings_of(spec, Task("long", "es", 4e-3, 7), CaseBlend(Path("b.yaml"), {}), Path("out"))
     assert made["training"] == {"passes": 10, "lr": 4e-3, "min_lr": 4e-4, "seed": 7}
     assert made["evolved_sampling"] == {"keep_ratio": 0.25, "seed": 7}
     assert made["model"] == {"num_layers": 2, "init_seed": 7}
@@ -116,13 +116,13 @@ def test_settings_are_base_case_arm_rate_and_seed_in_this_order():
 def test_an_arm_that_cannot_be_is_named_before_anything_runs(override, words):
     spec = read_spec(changed(arms={"es": override}, references=[]), PATH)
     with pytest.raises(ConfigError, match=words):
-        check_arms(spec, {"clean": Blend(Path("b.yaml"), {})})
+        check_arms(spec, {"clean": CaseBlend(Path("b.yaml"), {})})
 
 
 def test_arms_without_validation_are_refused():
     spec = read_spec(changed(base={"training": {"passes": 4, "eval_samples": 0}}), PATH)
     with pytest.raises(ConfigError, match=r"arm plain: `training.eval_samples` must be >= 1"):
-        check_arms(spec, {"clean": Blend(Path("b.yaml"), {})})
+        check_arms(spec, {"clean": CaseBlend(Path("b.yaml"), {})})
 
 
 @pytest.mark.parametrize(
@@ -146,5 +146,5 @@ def test_seeds_of_the_command_line_count_once():
 @pytest.mark.parametrize("path", sorted(QUALITY.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_specs_that_are_shipped_can_run(path):
     spec = load_spec(path)
-    check_arms(spec, {case: Blend(Path("blend.yaml"), {}) for case in spec.cases})
+    check_arms(spec, {case: CaseBlend(Path("blend.yaml"), {}) for case in spec.cases})
     assert yaml.safe_load(path.read_text())["jobs"] == 2

@@ -21,7 +21,7 @@ from es_megatron.frameworks.megatron_data import open_token_file
 from es_megatron.frameworks.megatron_deepspeed import read_sources, training_documents
 from es_megatron.frameworks.megatron_lm_data import (
     ComponentRows,
-    Source,
+    DataPathEntry,
     Sources,
     SplitRows,
     UnreadLoader,
@@ -175,10 +175,10 @@ def test_documents_of_a_split_in_megatron_deepspeed(documents: int) -> None:
 
 def test_sources_of_megatron_deepspeed() -> None:
     sources = read_sources(Namespace(data_path=["0.6", "a", "0.4", "b"], train_data_path=None, split="50,50,0"))
-    assert sources.files == [Source("a", 0.6), Source("b", 0.4)]
+    assert sources.files == [DataPathEntry("a", 0.6), DataPathEntry("b", 0.4)]
     assert sources.training_part(10) == 5
     whole = read_sources(Namespace(data_path=None, train_data_path=["a"], split="50,50,0"))
-    assert whole.files == [Source("a", None)]
+    assert whole.files == [DataPathEntry("a", None)]
     assert whole.training_part(10) == 10
     with pytest.raises(ConfigError, match="neither is"):
         read_sources(Namespace(data_path=None, train_data_path=None, split="1"))
