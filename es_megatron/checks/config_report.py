@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from es_megatron.checks.deepspeed_config import check_deepspeed
-from es_megatron.checks.findings import Finding
+from es_megatron.checks.findings import Finding, blocking, report
 from es_megatron.checks.megatron_config import check
 from es_megatron.checks.sizes import Proposal, measure, propose
 from es_megatron.config import EvolvedSamplingConfig, build
@@ -43,12 +43,12 @@ class Report:
     @property
     def refused(self) -> bool:
         """Whether anything must change first."""
-        return any(finding.severity == "REFUSE" for finding in self.findings)
+        return bool(blocking(self.findings))
 
     def text(self) -> str:
         """The report as printed."""
         tail = ["refused: nothing is written; change what is marked REFUSE"] if self.refused else self.proposal.lines()
-        return "\n".join([self.heading, *(finding.line() for finding in self.findings), *tail])
+        return report(self.findings, tail, self.heading)
 
 
 def examine(name: str, source: Source, wishes: Wishes) -> Report:

@@ -8,7 +8,8 @@ from typing import Any, cast
 from es_megatron.checks.findings import Finding, note, ok, refuse
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import ExistingRun
-from es_megatron.refusals.table import DEEPSPEED, block_is_on, find
+from es_megatron.refusals.deepspeed import DEEPSPEED, block_is_on
+from es_megatron.refusals.table import find
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 NOTED = {

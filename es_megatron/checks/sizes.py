@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from es_megatron.checks.findings import Finding, note, ok, refuse
+from es_megatron.checks.findings import Finding, blocking, note, ok, refuse
 from es_megatron.checks.megatron_config import LOADER_PREFETCH
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import ExistingRun
@@ -56,7 +56,7 @@ def measure(run: ExistingRun) -> tuple[Sizes | None, list[Finding]]:
     """
     findings = list(_layout(run))
     known = (run.meta_batch, run.micro_batch, run.data_parallel, run.pipeline, run.virtual)
-    if any(finding.severity == "REFUSE" for finding in findings):
+    if blocking(findings):
         return None, findings
     names = ("global batch size", "micro-batch size", "data-parallel size", "pipeline size", "virtual stages")
     missing = [name for name, value in zip(names, known, strict=True) if value is None]
@@ -66,7 +66,7 @@ def measure(run: ExistingRun) -> tuple[Sizes | None, list[Finding]]:
         return None, findings
     sizes = Sizes(*(value or 1 for value in known), backward=2.0 + run.recomputed)
     findings += _batch(run, sizes)
-    return (None if any(finding.severity == "REFUSE" for finding in findings) else sizes), findings
+    return (None if blocking(findings) else sizes), findings
 
 
 def _layout(run: ExistingRun) -> Iterator[Finding]:
@@ -168,7 +168,7 @@ def propose(
     if plan.scored_iterations:
         config, more = _scoring(sizes, config, plan, "scoring_micro_batch_size" in given)
         findings += more
-        if any(finding.severity == "REFUSE" for finding in more):
+        if blocking(more):
             return Proposal(config, passes), findings
     plan = dataclasses.replace(plan, config=config)
     proposal = Proposal(config, passes, plan, predict(plan, sizes.layout(config.scoring_micro_batch_size)))

@@ -5,33 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-State = Literal["OK", "NOTE", "FAIL"]
+from es_megatron.checks.findings import Finding, fail, note, ok
 
 TESTED: tuple[Mapping[str, str], ...] = (
     {"python": "3.11", "torch": "2.13.0", "megatron-core": "0.16.1", "deepspeed": "0.19.8"},
     {"python": "3.12", "torch": "2.13.0", "megatron-core": "0.19.2", "deepspeed": "0.19.8"},
 )
 """The environments of `make test` and `make test-newest`."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    state: State
-    what: str
-    told: str
-    cure: str = ""
-
-    def line(self) -> str:
-        """The finding as it is printed."""
-        return f"{self.state:<5} {self.what}: {self.told}" + (f". Cure: {self.cure}" if self.cure else "")
 
 
 def installed_version(name: str) -> str | None:
@@ -65,14 +49,13 @@ def check_versions(version_of: Callable[[str], str | None] = installed_version) 
 def judge_version(requirement: Requirement, version: str | None, optional: bool, python: str) -> Finding:
     """One package against what is asked for."""
     name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
+    cure = f"`pip install '{wanted}'`"
     if version is None:
         if optional:
-            return Finding(
-                "NOTE", name, "not installed; only runs under DeepSpeed need it", f"`pip install '{wanted}'`"
-            )
-        return Finding("FAIL", name, "not installed", f"`pip install '{wanted}'`")
+            return note(name, "not installed; only runs under DeepSpeed need it", cure)
+        return fail(name, "not installed", cure)
     if Version(version) not in requirement.specifier and not requirement.specifier.contains(version, prereleases=True):
-        return Finding("FAIL", name, f"{version}, but {requirement.specifier} is needed", f"`pip install '{wanted}'`")
+        return fail(name, f"{version}, but {requirement.specifier} is needed", cure)
     return judge_tested(name, version, python)
 
 
@@ -87,10 +70,9 @@ def judge_tested(name: str, version: str, python: str) -> Finding:
     here = [each for each in TESTED if is_version(python, each["python"])]
     known = [each[name] for each in here or TESTED if name in each]
     if not known or any(is_version(version, each) for each in known):
-        return Finding("OK", name, version)
+        return ok(name, version)
     where = f" on Python {here[0]['python']}" if here and name != "python" else ""
-    return Finding(
-        "NOTE",
+    return note(
         name,
         f"{version} is within what is asked for, but the tests run with {' and '.join(dict.fromkeys(known))}{where}",
         "none needed; if something looks wrong, try that version",

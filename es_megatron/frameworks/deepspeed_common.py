@@ -31,7 +31,8 @@ from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.rate import scaled_steps
 from es_megatron.rank_grid import RankGrid
-from es_megatron.refusals.table import DEEPSPEED, block_is_on, refuse
+from es_megatron.refusals.deepspeed import DEEPSPEED, block_is_on
+from es_megatron.refusals.table import refuse
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

@@ -31,7 +31,8 @@ from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
 from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.scoring import join, sequence_losses, shortened, traceless
 from es_megatron.rank_grid import RankGrid
-from es_megatron.refusals.table import MODEL, refuse
+from es_megatron.refusals.model import MODEL
+from es_megatron.refusals.table import refuse
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

@@ -32,7 +32,8 @@ from es_megatron.frameworks.megatron_lm_data import (
     weigh_sources,
 )
 from es_megatron.frameworks.megatron_lm_settings import StartingPoint, check_pruner, refuse_arguments
-from es_megatron.refusals.table import MEGATRON_DEEPSPEED, MEGATRON_LM
+from es_megatron.refusals.megatron_deepspeed import MEGATRON_DEEPSPEED
+from es_megatron.refusals.megatron_lm import MEGATRON_LM
 
 
 def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:

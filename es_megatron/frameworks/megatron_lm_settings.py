@@ -13,7 +13,9 @@ from es_megatron.algorithm.pruners import PRUNERS
 from es_megatron.checkpoint.sealed import parse_json
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import CheckpointError, ConfigError
-from es_megatron.refusals.table import MEGATRON_LM, MODEL, Refusal, refuse
+from es_megatron.refusals.megatron_lm import MEGATRON_LM
+from es_megatron.refusals.model import MODEL
+from es_megatron.refusals.table import Refusal, refuse
 
 
 class StartingPoint(NamedTuple):

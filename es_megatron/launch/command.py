@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from es_megatron.checks.preflight import address_of
+from es_megatron.checks.communication import address_of
 from es_megatron.config import build, require, require_choice
 from es_megatron.errors import ConfigError
 

@@ -240,7 +240,8 @@ def test_deepspeed_preflight_tells_what_is_wrong_on_a_host(hosts, tmp_path):
     nodes = start_nodes(hosts, path)
     assert [node.wait(RUN_SECONDS) != 0 for node in nodes] == [True, True]
     report = (tmp_path / "launch-wrong-0.log").read_text()
-    assert "`ib7` has no IPv4 address, there are lo, eth0" in report
+    assert "`ib7` is no interface of this machine" in report
+    assert "Cure: use one of: eth0." in report
     assert "do not start" in report
     assert not (tmp_path / "wrong" / "audit.jsonl").exists()
 

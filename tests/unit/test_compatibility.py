@@ -15,7 +15,11 @@ from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import ExistingRun
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.megatron_lm_settings import refuse_arguments
-from es_megatron.refusals.table import DEEPSPEED, MEGATRON_DEEPSPEED, MEGATRON_LM, MODEL, find, is_on, words
+from es_megatron.refusals.deepspeed import DEEPSPEED
+from es_megatron.refusals.megatron_deepspeed import MEGATRON_DEEPSPEED
+from es_megatron.refusals.megatron_lm import MEGATRON_LM
+from es_megatron.refusals.model import MODEL
+from es_megatron.refusals.table import find, is_on, words
 
 PASSES = ("fresh", "prefix", "every-k")
 NO_PASS = ("history", "external", "uniform")
@@ -104,7 +108,7 @@ def test_run_time_and_patch_agree(given: dict[str, Any], refused: tuple[str, ...
             continue
         with pytest.raises(ConfigError) as raised:
             refuse_arguments(Namespace(**given), MEGATRON_LM, settings_of(scorer))
-        assert told[0].why.split(" (")[0] in str(raised.value)
+        assert told[0].told.split(" (")[0] in str(raised.value)
         assert str(raised.value).endswith(".")
 
 
@@ -140,7 +144,7 @@ def test_arms_that_neither_score_nor_select_are_held_by_their_data_order_alone(a
 
 INTRODUCTION = """# What is refused, and why
 
-Written from the table in `es_megatron/refusals/table.py`, which run time, `es-megatron patch --check` and
+Written from the tables in `es_megatron/refusals/`, which run time, `es-megatron patch --check` and
 `es-megatron doctor --config` share. A setting is refused before the first iteration, with the reason and the cure, for
 these runs:
 

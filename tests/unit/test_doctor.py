@@ -15,7 +15,10 @@ import pytest
 from packaging.version import Version
 
 from es_megatron.checkpoint.es_state import ScoreRange, save_es_state
-from es_megatron.checks import doctor, versions
+from es_megatron.checks import communication, doctor, gloo, storage, targets, versions
+from es_megatron.checks.findings import ok, split_error
+from es_megatron.checks.targets import Target, Targets
+from es_megatron.errors import DataError
 from es_megatron.patching import read_patches
 from es_megatron.rank_grid import RankGrid
 
@@ -34,7 +37,7 @@ def write_blend(folder: Path, token: int = 1) -> Path:
 
 
 def states(findings) -> dict[str, str]:
-    return {finding.what: finding.state for finding in findings}
+    return {finding.what: finding.severity for finding in findings}
 
 
 def asked(**given) -> argparse.Namespace:
@@ -49,26 +52,44 @@ def test_this_machine_passes_and_tells_what_was_not_checked(monkeypatch, capsys)
     assert doctor.run_doctor(asked()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "nothing to cure"
-    assert "OK    gloo: a group of one adds up" in lines
-    assert "NOTE  data: not checked. Cure: give `--blend FILE`" in lines
-    assert any(line.startswith("OK    megatron-core: ") for line in lines)
+    assert "OK      gloo: a group of one adds up." in lines
+    assert "NOTE    data: not checked. Cure: give `--blend FILE`." in lines
+    assert any(line.startswith("OK      megatron-core: ") for line in lines)
 
 
 def test_anything_to_cure_gives_exit_code_1(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "try_gloo", lambda: doctor.Finding("OK", "gloo", ""))
+    monkeypatch.setattr(doctor, "try_alone", lambda: ok("gloo", ""))
     assert doctor.run_doctor(asked(blend=tmp_path / "none.yaml")) == 1
     assert "1 thing to cure" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("message", "told", "cure"),
+    [
+        ("`a.bin` does not exist: copy it again.", "`a.bin` does not exist", "copy it again"),
+        (
+            "`a.idx` is damaged: it ends early. Cure: copy it again.",
+            "`a.idx` is damaged: it ends early",
+            "copy it again",
+        ),
+        ("`a.yaml` must be YAML. Correct it.", "`a.yaml` must be YAML", "correct it"),
+        ("a.yaml: `weight` must be > 0.", "a.yaml: `weight` must be > 0", "look at it"),
+        ("Nothing is known.", "Nothing is known", "look at it"),
+    ],
+)
+def test_the_cure_is_taken_out_of_an_error(message, told, cure):
+    assert split_error(DataError(message), "look at it") == (told, cure)
 
 
 def test_versions_are_held_against_the_metadata():
     installed = {requirement.name: "99.0" for requirement in versions.requirements()}
     installed |= {"torch": "2.5.1", "safetensors": None, "deepspeed": None}
     found = {finding.what: finding for finding in versions.check_versions(installed.get)}
-    assert found["torch"].state == "FAIL"
+    assert found["torch"].severity == "FAIL"
     assert found["torch"].cure == "`pip install 'torch>=2.6'`"
-    assert found["safetensors"].state == "FAIL"
-    assert found["deepspeed"].state == "NOTE"
-    assert found["numpy"].line() == "OK    numpy: 99.0"
+    assert found["safetensors"].severity == "FAIL"
+    assert found["deepspeed"].severity == "NOTE"
+    assert found["numpy"].line() == "OK      numpy: 99.0."
     assert "pytest" not in found
 
 
@@ -91,7 +112,7 @@ def test_versions_are_held_against_the_metadata():
 )
 def test_ok_is_said_of_what_the_tests_run_with_alone(name, version, python, told):
     finding = versions.judge_tested(name, version, python)
-    assert finding.state == ("OK" if told is None else "NOTE")
+    assert finding.severity == ("OK" if told is None else "NOTE")
     assert finding.told == version if told is None else finding.told.endswith(told)
 
 
@@ -117,13 +138,14 @@ def test_settings_of_a_run_are_judged_by_its_scorer(tmp_path, scorer):
     script = tmp_path / "train.sh"
     script.write_text(f"{CONFIG} {GRAPHS} --es-scorer {scorer} --es-initial-scores scores\n")
     findings = list(doctor.check_config(script))
-    failed = [finding.told for finding in findings if finding.state == "FAIL"]
+    failed = [finding.what for finding in findings if finding.severity == "FAIL"]
+    assert all(finding.severity != "REFUSE" for finding in findings)
     if scorer in ("history", "external"):
         assert failed == []
-        assert any(finding.told.startswith("model: ") for finding in findings if finding.state == "OK")
+        assert any(finding.what == "config train.sh: model" for finding in findings if finding.severity == "OK")
     else:
-        assert [told.split(":")[0] for told in failed] == ["`--fp8-recipe delayed`", "`--cuda-graph-impl local`"]
-        assert all(finding.cure for finding in findings if finding.state == "FAIL")
+        assert failed == [f"config train.sh: `--{each}`" for each in ("fp8-recipe delayed", "cuda-graph-impl local")]
+        assert all(finding.cure for finding in findings if finding.severity == "FAIL")
 
 
 def test_flags_that_cannot_be_read_end_no_report(tmp_path):
@@ -131,26 +153,26 @@ def test_flags_that_cannot_be_read_end_no_report(tmp_path):
     for scorer in ("$SCORER", "best", ""):
         script.write_text(f"{CONFIG} --es-scorer {scorer}\n")
         (finding,) = doctor.check_config(script)
-        assert finding.state == "FAIL"
+        assert finding.severity == "FAIL"
         assert "--es-scorer" in finding.told
 
 
 def test_settings_that_cannot_be_read_are_told(tmp_path):
     (finding,) = doctor.check_config(tmp_path / "none.sh")
-    assert finding.state == "FAIL"
+    assert finding.severity == "FAIL"
     assert "none.sh" in finding.told
 
 
 def test_data_opens_or_the_cure_is_named(tmp_path):
-    blend, findings = doctor.check_data(write_blend(tmp_path), LENGTH)
+    blend, findings = storage.check_data(write_blend(tmp_path), LENGTH)
     assert blend is not None
     (finding,) = findings
-    assert finding.state == "OK"
+    assert finding.severity == "OK"
     assert finding.told.startswith(f"{ROWS} samples of {LENGTH} tokens, fingerprint ")
     (tmp_path / "text.bin").write_bytes(b"123")
-    blend, (finding,) = doctor.check_data(tmp_path / "blend.yaml", LENGTH)
+    blend, (finding,) = storage.check_data(tmp_path / "blend.yaml", LENGTH)
     assert blend is None
-    assert finding.state == "FAIL"
+    assert finding.severity == "FAIL"
     assert finding.cure
 
 
@@ -162,29 +184,29 @@ def save_scores(folder: Path, manifest) -> None:
 
 def test_scores_of_other_data_and_damaged_ones_are_found(tmp_path):
     (tmp_path / "data").mkdir()
-    blend, _ = doctor.check_data(write_blend(tmp_path / "data"), LENGTH)
+    blend, _ = storage.check_data(write_blend(tmp_path / "data"), LENGTH)
     assert blend is not None
     folder = tmp_path / "checkpoints"
-    assert states(doctor.check_checkpoint(folder, blend)) == {"checkpoint": "OK"}
+    assert states(storage.check_checkpoint(folder, blend)) == {"checkpoint": "OK"}
     assert not folder.exists()
     save_scores(folder, blend.manifest)
-    assert states(doctor.check_checkpoint(folder, blend)) == {"checkpoint": "OK", "scores iter_0000010": "OK"}
-    other, _ = doctor.check_data(write_blend(tmp_path / "data", token=2), LENGTH)
-    *_, finding = doctor.check_checkpoint(folder, other)
-    assert finding.state == "FAIL"
+    assert states(storage.check_checkpoint(folder, blend)) == {"checkpoint": "OK", "scores iter_0000010": "OK"}
+    other, _ = storage.check_data(write_blend(tmp_path / "data", token=2), LENGTH)
+    *_, finding = storage.check_checkpoint(folder, other)
+    assert finding.severity == "FAIL"
     assert "`fingerprint` was" in finding.told
     manifest = folder / "iter_0000010" / "es_state" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-20])
-    *_, finding = doctor.check_checkpoint(folder, blend)
-    assert finding.state == "FAIL"
+    *_, finding = storage.check_checkpoint(folder, blend)
+    assert finding.severity == "FAIL"
 
 
 def test_folder_that_cannot_be_written_or_is_full(tmp_path, monkeypatch):
-    (finding,) = doctor.check_checkpoint(Path("/proc/no/such"), None)
-    assert (finding.state, finding.what) == ("FAIL", "checkpoint")
+    (finding,) = storage.check_checkpoint(Path("/proc/no/such"), None)
+    assert (finding.severity, finding.what) == ("FAIL", "checkpoint")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=1 << 20))
-    (finding,) = doctor.check_checkpoint(tmp_path, None)
-    assert finding.state == "FAIL"
+    (finding,) = storage.check_checkpoint(tmp_path, None)
+    assert finding.severity == "FAIL"
     assert "0.0 GB free" in finding.told
 
 
@@ -193,7 +215,7 @@ def test_folder_that_cannot_be_written_or_is_full(tmp_path, monkeypatch):
     [({}, 1), ({"NNODES": "4"}, 4), ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 2), ({"SLURM_NNODES": "3"}, 3)],
 )
 def test_number_of_nodes(environment, nodes):
-    assert doctor.nodes_told(environment) == nodes
+    assert communication.nodes_told(environment) == nodes
 
 
 @pytest.mark.parametrize(
@@ -208,8 +230,8 @@ def test_number_of_nodes(environment, nodes):
     ],
 )
 def test_master_address(address, several, state):
-    finding = doctor.judge_address(address, several)
-    assert finding.state == state
+    finding = communication.judge_address(address, several)
+    assert finding.severity == state
     assert bool(finding.cure) == (state == "FAIL")
 
 
@@ -228,37 +250,38 @@ def test_master_address(address, several, state):
     ],
 )
 def test_interfaces(variable, given, several, state):
-    assert doctor.judge_interface(variable, given, ["lo", "eth0"], several).state == state
+    assert communication.judge_interface(variable, given, ["lo", "eth0"], several).severity == state
 
 
 def test_gloo_that_fails_or_hangs_is_told(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    finding = doctor.try_gloo()
-    assert finding.state == "FAIL"
+    finding = gloo.try_alone()
+    assert finding.severity == "FAIL"
     assert "nosuch0" in finding.told
-    monkeypatch.setattr(doctor, "GLOO_TEST", "import time; time.sleep(60)")
-    assert "did not answer within 0.5 s" in doctor.try_gloo(0.5).told
+    assert "did not answer within 0.01 s" in gloo.try_alone(0.01).told  # importing torch takes longer
 
 
 def test_patch_targets_are_judged_by_what_the_checkout_says(tmp_path, monkeypatch):
     folder = tmp_path / "checkout"
-    assert states(doctor.check_patches({"megatron-lm": folder}))["patches megatron-lm"] == "FAIL"
+    assert states(targets.check_targets({"megatron-lm": folder}))["patches megatron-lm"] == "FAIL"
     (folder / "megatron").mkdir(parents=True)
-    assert states(doctor.check_patches({}))["patches megatron-lm"] == "NOTE"
+    assert states(targets.check_targets({}))["patches megatron-lm"] == "NOTE"
     patches = read_patches("megatron-lm")
     target = patches.patches[0].target
+    ready, applied = Target(target, "ready", ""), Target(target, "applied", "")
+    missing, refused = Target(target, "missing", "no such name"), Target(target, "refused", "known not to work")
     told = {
-        "all 2 targets found": [["0.16.1", None], [target, "ready", ""], [target, "applied", ""]],
-        "all 1 targets are as declared, but it is new": [["0.99.0", "it is new"], [target, "ready", ""]],
-        "missing: no such name": [["0.16.1", None], [target, "ready", ""], [target, "missing", "no such name"]],
-        "refused: known not to work": [["0.11.0", "it is new"], [target, "refused", "known not to work"]],
-        "cannot be imported": ["it cannot be imported: boom"],
+        "all 2 targets found": Targets("0.16.1", None, (ready, applied)),
+        "all 1 targets are as declared, but it is new": Targets("0.99.0", "it is new", (ready,)),
+        "missing: no such name": Targets("0.16.1", None, (ready, missing)),
+        "refused: known not to work": Targets("0.11.0", "it is new", (refused, refused)),
+        "cannot be imported": Targets(trouble="it cannot be imported: boom"),
     }
     expected_states = {"all 2": "OK", "all 1": "NOTE"}
     for expected, each in told.items():
-        monkeypatch.setattr(doctor, "look_for_targets", lambda *_, each=each: each)
-        (finding,) = [f for f in doctor.check_patches({"megatron-lm": folder}) if f.what == "patches megatron-lm"]
-        assert finding.state == expected_states.get(expected[:5], "FAIL")
+        monkeypatch.setattr(targets, "look_for_targets", lambda *_, each=each: each)
+        (finding,) = [f for f in targets.check_targets({"megatron-lm": folder}) if f.what == "patches megatron-lm"]
+        assert finding.severity == expected_states.get(expected[:5], "FAIL")
         assert expected in finding.told
 
 
@@ -269,12 +292,13 @@ def test_a_checkout_that_lacks_the_targets_is_found_out(tmp_path):
     (package / "__init__.py").write_text("")
     (package / "core" / "__init__.py").write_text("")
     (package / "core" / "package_info.py").write_text('__version__ = "0.16.1"\n')
-    told = doctor.look_for_targets("megatron-lm", tmp_path)
-    finding = doctor.judge_patches("patches", read_patches("megatron-lm"), told)
-    assert finding.state == "FAIL"
+    told = targets.look_for_targets("megatron-lm", tmp_path)
+    assert told.version == "0.16.1"
+    finding = targets.judge_targets("patches", read_patches("megatron-lm"), told)
+    assert finding.severity == "FAIL"
     assert "missing" in finding.told
     (package / "core" / "package_info.py").write_text("raise RuntimeError('no GPU driver')\n")
-    assert "no GPU driver" in str(doctor.look_for_targets("megatron-lm", tmp_path))
+    assert "no GPU driver" in targets.look_for_targets("megatron-lm", tmp_path).trouble
 
 
 @pytest.mark.slow
@@ -282,8 +306,8 @@ def test_the_real_checkout_has_all_targets():
     checkout = os.environ.get("MEGATRON_LM")
     if not checkout:
         pytest.skip("set MEGATRON_LM=CHECKOUT to look for the patch targets in it")
-    told = doctor.look_for_targets("megatron-lm", Path(checkout))
-    assert doctor.judge_patches("patches", read_patches("megatron-lm"), told).state == "OK"
+    told = targets.look_for_targets("megatron-lm", Path(checkout))
+    assert targets.judge_targets("patches", read_patches("megatron-lm"), told).severity == "OK"
 
 
 def test_imports_that_take_too_long_are_told(tmp_path, monkeypatch):
@@ -291,4 +315,4 @@ def test_imports_that_take_too_long_are_told(tmp_path, monkeypatch):
         raise subprocess.TimeoutExpired("python", 1)
 
     monkeypatch.setattr(subprocess, "run", slow)
-    assert "took over" in doctor.look_for_targets("megatron-lm", tmp_path)[0]
+    assert "took over" in targets.look_for_targets("megatron-lm", tmp_path).trouble

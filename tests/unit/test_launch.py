@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed import TCPStore
 
 from es_megatron import cli
-from es_megatron.checks import preflight
+from es_megatron.checks import communication, gloo, nodes, preflight
+from es_megatron.checks.findings import blocking
 from es_megatron.errors import ConfigError, LayoutError
 from es_megatron.launch import command as launch
 from es_megatron.launch.command import LaunchSettings, SlurmSettings, batch_script, find_cluster, load_launch
@@ -186,13 +188,13 @@ def test_the_shipped_launch_file_works(capsys):
         assert "preflight" in dry(path, "--launcher", name, capsys=capsys)
 
 
-FACTS = preflight.Facts(
+FACTS = nodes.Facts(
     node=0,
     host="a",
     versions={"python": "3.11.7", "torch": "2.13.0"},
     code="c0de",
     manifest="da7a (10 samples)",
-    data_ok=True,
+    data_cure="",
     directory="",
     free_bytes=5 << 30,
     interface="eth0",
@@ -203,52 +205,111 @@ OTHER = replace(FACTS, node=1, host="b", address="10.0.0.2")
 
 
 def test_two_nodes_alike_may_start():
-    findings = preflight.judge([FACTS, OTHER])
-    assert all(finding.ok for finding in findings)
-    report = preflight.report(findings, 2)
-    assert report.splitlines()[-1] == "  may start"
-    assert "eth0: 10.0.0.1, 10.0.0.2" in report
-    assert "5,120 MB free" in report
+    findings = nodes.judge([FACTS, OTHER])
+    assert not blocking(findings)
+    lines = [finding.line() for finding in findings]
+    assert "OK      GLOO_SOCKET_IFNAME: eth0: 10.0.0.1, 10.0.0.2." in lines
+    assert "OK      run directory: shared and writable, 5,120 MB free." in lines
 
 
 @pytest.mark.parametrize(
-    ("changes", "what", "said"),
+    ("changes", "what", "told", "cure"),
     [
-        ({"versions": {"python": "3.11.7", "torch": "2.12.0"}}, "packages", "node 1 (b): python 3.11.7, torch 2.12.0"),
-        ({"code": "0ther"}, "es_megatron", "Check out the same commit on every node"),
-        ({"manifest": "0ther (10 samples)"}, "data", "Copy the same files"),
-        ({"manifest": "`x.bin` does not exist", "data_ok": False}, "data", "node 1 (b): `x.bin` does not exist"),
-        ({"directory": "what node 0 wrote is not there"}, "run directory", "a file system that all nodes share"),
-        ({"interface": "", "address": ""}, "network interface", "GLOO_SOCKET_IFNAME is not set on node 1"),
-        ({"address": ""}, "network interface", "`eth0` has no IPv4 address, there are lo, eth0"),
-        ({"interface": "eth1"}, "network interface", "the interface of the same name on every node"),
+        (
+            {"versions": {"python": "3.11.7", "torch": "2.12.0"}},
+            "packages",
+            "node 1 (b): python 3.11.7, torch 2.12.0",
+            "install the same on every node",
+        ),
+        ({"code": "0ther"}, "es_megatron", "node 1 (b): source 0ther", "check out the same commit on every node"),
+        ({"manifest": "0ther (10 samples)"}, "data", "differ: node 0 (a): manifest da7a", "copy the same files"),
+        (
+            {"manifest": "`x.bin` does not exist", "data_cure": "copy it"},
+            "data",
+            "node 1 (b): `x.bin` does not exist",
+            "copy it",
+        ),
+        (
+            {"directory": "what node 0 wrote is not there"},
+            "run directory",
+            "node 1 (b): what node 0 wrote is not there",
+            "set `run.directory` to a folder that all nodes share",
+        ),
+        (
+            {"interface": "", "address": ""},
+            "GLOO_SOCKET_IFNAME",
+            "node 1 (b): not set: gloo may try 127.0.0.1",
+            "`interface` of the launch settings, to the one between the nodes (eth0)",
+        ),
+        (
+            {"interface": "ib7", "address": ""},
+            "GLOO_SOCKET_IFNAME",
+            "node 1 (b): `ib7` is no interface of this machine",
+            "use one of: eth0",
+        ),
+        (
+            {"address": ""},
+            "GLOO_SOCKET_IFNAME",
+            "node 1 (b): `eth0` has no IPv4 address, there are lo, eth0",
+            "the one that joins the nodes",
+        ),
+        (
+            {"interface": "eth1", "interfaces": ["lo", "eth1"]},
+            "GLOO_SOCKET_IFNAME",
+            "differ: node 0 (a): eth0; node 1 (b): eth1",
+            "use the interface of the same name on every node",
+        ),
     ],
 )
-def test_a_node_that_differs_is_named_with_the_cure(changes, what, said):
-    findings = preflight.judge([FACTS, replace(OTHER, **changes)])
-    failed = [finding for finding in findings if not finding.ok]
-    assert [finding.what for finding in failed] == [what]
-    assert said in failed[0].said
-    assert "1 of 5 checks failed: do not start" in preflight.report(findings, 2)
+def test_a_node_that_differs_is_named_with_the_cure(changes, what, told, cure):
+    (finding,) = blocking(nodes.judge([FACTS, replace(OTHER, **changes)]))
+    assert finding.what == what
+    assert told in finding.told
+    assert cure in finding.cure
 
 
 def test_one_node_needs_no_interface():
-    assert all(finding.ok for finding in preflight.judge([replace(FACTS, interface="", address="")]))
+    assert not blocking(nodes.judge([replace(FACTS, interface="", address="")]))
+
+
+def test_a_report_ends_with_what_to_do(tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["preflight", "--config", "none.yaml"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "pre-flight of 1 node"
+    assert lines[-1] == "1 of 5 checks failed: do not start"
+    (data,) = [line for line in lines if line.startswith("FAIL")]
+    assert "none.yaml" in data
+    assert ". Cure: " in data
+
+
+def test_a_sum_over_gloo_that_fails_names_the_node(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Connection refused.\nmore")
+
+    monkeypatch.setattr(gloo, "add_up", refuse)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    finding = gloo.try_between(store, 1, 2)
+    assert finding.line() == (
+        "FAIL    gloo between nodes: node 1: Connection refused. Cure: check the firewall and `interface`."
+    )
 
 
 def test_an_interface_that_exists_has_an_address():
-    assert preflight.address_of("lo") == "127.0.0.1"
-    assert preflight.address_of("none0") == ""
-    assert preflight.address_of("") == ""
+    assert communication.address_of("lo") == "127.0.0.1"
+    assert communication.address_of("none0") == ""
+    assert communication.address_of("") == ""
 
 
 def test_a_folder_that_is_not_shared_or_not_writable_is_told(tmp_path):
-    token = preflight.leave_token(tmp_path)
-    assert preflight.look_at_folder(tmp_path, token)[0] == ""
-    assert "is not there" in preflight.look_at_folder(tmp_path, "another")[0]
+    token = nodes.leave_token(tmp_path)
+    assert nodes.look_at_folder(tmp_path, token)[0] == ""
+    assert "is not there" in nodes.look_at_folder(tmp_path, "another")[0]
     (tmp_path / "file").write_text("")
-    assert preflight.leave_token(tmp_path / "file" / "run")  # told by what looks for it
-    assert preflight.look_at_folder(tmp_path / "file" / "run", token)[0]
+    assert nodes.leave_token(tmp_path / "file" / "run")  # told by what looks for it
+    assert nodes.look_at_folder(tmp_path / "file" / "run", token)[0]
 
 
 def test_a_taken_port_is_told():
