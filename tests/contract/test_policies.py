@@ -99,7 +99,6 @@ def test_costs_are_those_that_were_asked_for(alone: dict[str, History]) -> None:
     prefix = alone["prefix"].summary
     assert prefix["scoring_price"] == prefix["scored_share"] == 0.5
     assert prefix["cost"] == pytest.approx(0.5 * prefix["sequences_scored"] + 3 * prefix["sequences_trained"])
-    assert alone["match-cost"].summary["kept"] > alone["prefix"].summary["kept"]
 
 
 @pytest.mark.timeout(SECONDS + 60)
