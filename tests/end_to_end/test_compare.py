@@ -29,7 +29,7 @@ def spec(tmp_path):
             "evolved_sampling": {"preset": "paper", "keep_ratio": 0.25},
         },
         "blends": {"tiny": {"components": [f"text={lines}"], "vocab_size": 400, "damage": {"share": 0.4}}},
-        "arms": {"es": {}, "uniform": {"evolved_sampling.arm": "uniform", "evolved_sampling.budget": 0.625}},
+        "arms": {"es": {}, "uniform": {"evolved_sampling.arm": "uniform", "evolved_sampling.budget": 0.6324}},
         "references": ["uniform"],
         "equal_cost": ["es", "uniform"],
         "seeds": [1, 2],
