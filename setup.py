@@ -72,6 +72,7 @@ setup(
         "pyyaml>=6",
         "tqdm>=4.60",
         "packaging",
+        "typing_extensions>=4.4",
         "psutil>=5.9",  # megatron-core needs it to save, and does not declare it
     ],
     extras_require={"deepspeed": DEEPSPEED, "report": REPORT, "dev": DEV},

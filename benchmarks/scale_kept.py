@@ -21,10 +21,10 @@ from es_megatron.scores.store import ScoreStore
 
 EPOCHS = 10
 VARIANTS: dict[str, dict[str, Any]] = {
-    "raw": {"score_correction": "paper"},
-    "debiased": {"score_correction": "debiased"},
-    "raw, floor 0.5": {"score_correction": "paper", "weight_floor": 0.5},
-    "debiased, floor 0.5": {"score_correction": "debiased", "weight_floor": 0.5},
+    "raw": {"scores": {"correction": "paper"}},
+    "debiased": {"scores": {"correction": "debiased"}},
+    "raw, floor 0.5": {"scores": {"correction": "paper"}, "selection": {"weight_floor": 0.5}},
+    "debiased, floor 0.5": {"scores": {"correction": "debiased"}, "selection": {"weight_floor": 0.5}},
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scale_measure import measured
-from es_megatron.algorithm.pruning import kept_count
+from es_megatron.algorithm.pruners import kept_count
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.epoch_pruning import EpochPruning, Scale
@@ -25,8 +25,8 @@ def one_component(samples: int) -> Manifest:
     return Manifest((Component("all", "all", samples, 1.0, "0"),), 4096)
 
 
-def config(**changes: Any) -> EvolvedSamplingConfig:
-    return EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": RATIO, "seed": 1, **changes})
+def config(**groups: Any) -> EvolvedSamplingConfig:
+    return EvolvedSamplingConfig.from_mapping({"preset": "paper", "pruning": {"ratio": RATIO}, "seed": 1, **groups})
 
 
 def fill(store: ScoreStore) -> None:

@@ -64,7 +64,7 @@ def evolve(samples: int, ranks: int) -> dict[str, Any]:
 def _evolve(grid: RankGrid, samples: int) -> dict[str, Any]:
     store = ScoreStore(one_component(samples), config(), grid)
     fill(store)
-    debiased = ScoreStore(one_component(samples), config(score_correction="debiased"), grid)
+    debiased = ScoreStore(one_component(samples), config(scores={"correction": "debiased"}), grid)
     debiased.score, debiased.visits = store.score, store.visits
     times: dict[str, list[float]] = {"step": [], "exchange": [], "losses_alone": [], "debiased_step": []}
     random = np.random.default_rng(0)

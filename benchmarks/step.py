@@ -29,9 +29,9 @@ from es_megatron.data.manifest import Component, Manifest
 from es_megatron.testing import cpu
 
 ARMS = {
-    "plain": EvolvedSamplingConfig(preset="paper", arm="plain"),
-    "es": EvolvedSamplingConfig(preset="paper"),
-    "eswp": EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2),
+    "plain": EvolvedSamplingConfig.from_mapping({"preset": "paper", "arm": "plain"}),
+    "es": EvolvedSamplingConfig.from_mapping({"preset": "paper"}),
+    "eswp": EvolvedSamplingConfig.from_mapping({"preset": "paper", "pruning": {"ratio": 0.2}}),
 }
 PASSES = 3
 

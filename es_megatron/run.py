@@ -14,6 +14,7 @@ from typing import Any
 
 from es_megatron.errors import ConfigError, EsError
 from es_megatron.patching import patch_and_report
+from es_megatron.testing import prepare_cpu
 
 USAGE = "usage: python -m es_megatron.run SCRIPT.py [FLAGS OF THE SCRIPT] [--es ...]"
 
@@ -33,20 +34,6 @@ def prepare(script: Path) -> None:
     if prepare_cpu(upstream) and os.environ.get("RANK", "0") == "0":
         print("es_megatron: no CUDA here; on the CPU, which is for trying things out only", flush=True)
     patch_and_report(upstream)
-
-
-def prepare_cpu(upstream: str) -> bool:
-    """Put the CPU layer of an upstream in place; does nothing, and returns False, where there is CUDA."""
-    if upstream == "megatron-deepspeed":
-        from es_megatron.testing import megatron_deepspeed_cpu
-
-        return megatron_deepspeed_cpu.install()
-    from es_megatron.testing import megatron_lm_cpu
-
-    if not megatron_lm_cpu.install():
-        return False
-    megatron_lm_cpu.adapt_megatron_core()
-    return True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

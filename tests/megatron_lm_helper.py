@@ -21,7 +21,16 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-SCORES = ["--es-preset", "paper", "--es-pruning-ratio", "0.25", "--es-keep-ratio", "0.25", "--es-mask-lag", "2"]
+SCORES = [
+    "--es-preset",
+    "paper",
+    "--es-pruning-ratio",
+    "0.25",
+    "--es-selection-keep-ratio",
+    "0.25",
+    "--es-order-mask-lag",
+    "2",
+]
 """ESWP with b = 4 of B = 16; epochs of 161 and 90 rows are pruned several times in 70 iterations."""
 
 RUN_SECONDS = 900

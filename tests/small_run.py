@@ -84,10 +84,10 @@ def settings_of(blend: Path, directory: Path, *overrides: str) -> PretrainSettin
         "run": {"directory": str(directory), "audit": True, "progress": False},
         "evolved_sampling": {
             "preset": "paper",
-            "pruning_ratio": 0.3,
-            "mask_lag": 4,
-            "scoring_micro_batch_size": 4,
-            "max_bad_losses": 0.25,
+            "pruning": {"ratio": 0.3},
+            "order": {"mask_lag": 4},
+            "scorer": {"micro_batch_size": 4},
+            "selection": {"max_bad_losses": 0.25},
             "seed": 7,
         },
     }

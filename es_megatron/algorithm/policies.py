@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from es_megatron.algorithm.registry import Registry
 from es_megatron.errors import ConfigError
@@ -87,12 +88,12 @@ class EvolvedSamplingPolicy(Policy):
             raise ConfigError(f"Option `leave_out` of policy `es` must be in [0, 1), but is {self.leave_out} instead.")
 
     @property
+    @override
     def excludes(self) -> bool:
-        """See `Policy.excludes`."""
         return self.leave_out > 0
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         with np.errstate(over="ignore", divide="ignore"):
             weight_B = np.clip(np.maximum(evidence.weight_B, np.finfo(np.float32).tiny) ** self.power, *DRAWABLE)
         out = min(int(self.leave_out * len(weight_B)), len(weight_B) - evidence.chosen)
@@ -106,8 +107,8 @@ class EvolvedSamplingPolicy(Policy):
 class UniformPolicy(Policy):
     """Draw uniformly: for runs where only the pruner looks at scores."""
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         return Weighed(np.ones(len(evidence.estimate_B)), state)
 
 
@@ -116,8 +117,8 @@ class UniformPolicy(Policy):
 class LossPolicy(Policy):
     """Draw proportionally to the loss (Katharopoulos & Fleuret 2017): Evolved Sampling with beta1 = 0."""
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         return Weighed(np.maximum(evidence.estimate_B, np.finfo(np.float32).tiny), state)
 
 
@@ -129,8 +130,8 @@ class BigLossPolicy(Policy):
 
     draws = False
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         return Weighed(evidence.estimate_B, state)
 
 
@@ -141,8 +142,8 @@ class SmallLossPolicy(Policy):
 
     draws = False
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         return Weighed(-evidence.estimate_B, state)
 
 
@@ -157,8 +158,8 @@ class GradientNormPolicy(Policy):
     draws = False
     needs_norm = True
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         assert evidence.norm_B is not None  # the engine asks for it
         return Weighed(evidence.norm_B, state)
 
@@ -181,8 +182,8 @@ class AdaBoostPolicy(Policy):
                 f"Option `largest` of policy `adaboost` must be in (0, 1), but is {self.largest} instead."
             )
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         return Weighed(
             np.maximum(np.arctanh(scaled(evidence.estimate_B, self.largest)), np.finfo(np.float32).tiny), state
         )
@@ -195,8 +196,8 @@ class ExtremesPolicy(Policy):
 
     draws = False
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         return Weighed(extremes(evidence.estimate_B), state)
 
 
@@ -207,8 +208,8 @@ class MeanPolicy(Policy):
 
     draws = False
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         return Weighed(-np.abs(evidence.estimate_B - evidence.estimate_B.mean()), state)
 
 
@@ -224,7 +225,7 @@ class AdaSelectionPolicy(Policy):
     """AdaSelection (Zhang et al. 2024): methods weighted by how their losses fall, times a curriculum reward (eq. 3-5).
 
     A method's importance of a sample is the softmax of what it ranks by; its loss is the mean over the b samples that
-    it would choose. `selection_parts` above 1 fills the batch over that many parts of the meta-batch, as Algorithm 2
+    it would choose. `selection.parts` above 1 fills the batch over that many parts of the meta-batch, as Algorithm 2
     fills it over mini-batches.
     """
 
@@ -248,8 +249,8 @@ class AdaSelectionPolicy(Policy):
         if not -1 <= self.beta <= 1:
             raise ConfigError(f"Option `beta` of policy `adaselection` must be in [-1, 1], but is {self.beta} instead.")
 
+    @override
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
-        """See `Policy.weigh`."""
         loss_B = evidence.estimate_B
         ranks_MB = np.stack([self._ranking(name, loss_B) for name in self.methods])
         alpha_MB = softmax(ranks_MB)

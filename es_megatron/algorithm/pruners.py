@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from es_megatron.algorithm.registry import Registry
 from es_megatron.algorithm.selection import race_keys
@@ -60,8 +62,8 @@ PRUNERS: Registry[Pruner] = Registry(Pruner, "pruner", "es_megatron.pruners")
 class ScoreRacePruner(Pruner):
     """Draw what is kept proportionally to the scores (Evolved Sampling with pruning, Algorithm 1)."""
 
+    @override
     def keys(self, block: Block) -> Float64:
-        """See `Pruner.keys`."""
         return race_keys(block.score_N, block.uniform_N)
 
 
@@ -70,8 +72,8 @@ class ScoreRacePruner(Pruner):
 class RandomPruner(Pruner):
     """Draw what is kept uniformly."""
 
+    @override
     def keys(self, block: Block) -> Float64:
-        """See `Pruner.keys`."""
         return race_keys(np.ones(len(block.uniform_N), np.float32), block.uniform_N)
 
 
@@ -88,8 +90,8 @@ class InfoBatchPruner(Pruner):
     needs_mean = True
     rescales = True
 
+    @override
     def keys(self, block: Block) -> Float64:
-        """See `Pruner.keys`."""
         return block.uniform_N + (block.score_N < block.mean)
 
 
@@ -107,7 +109,7 @@ class UpperBoundPruner(Pruner):
             raise ConfigError(f"Option `c` of pruner `ucb` must be >= 0, but is {self.c} instead.")
 
     def keys(self, block: Block) -> Float64:
-        """See `Pruner.keys`; what was never seen comes first."""
+        """Ranks that fall with score plus exploration bonus; what was never seen comes first."""
         bonus_N = self.c * np.sqrt(np.log(block.epoch + 1) / np.maximum(block.visits_N, 1))
         key_N = 1 / (1 + block.score_N.astype(np.float64) + bonus_N)
         return np.where(block.visits_N == 0, 0.0, key_N)
@@ -135,7 +137,12 @@ class HidingPruner(Pruner):
                 f"Option `confidence` of pruner `kakurenbo` must be in (0, 1], but is {self.confidence} instead."
             )
 
+    @override
     def keys(self, block: Block) -> Float64:
-        """See `Pruner.keys`."""
         sure_N = block.score_N <= -np.log(self.confidence)
         return np.where(sure_N, 1 + 1 / (1 + block.score_N.astype(np.float64)), block.uniform_N)
+
+
+def kept_count(samples: int, ratio: float) -> int:
+    """m = ceil((1 - r) * n), exactly: r is read as the decimal that was written, so 0.2 of 10 keeps 8 and not 9."""
+    return -((Fraction(str(ratio)) - 1) * samples // 1)

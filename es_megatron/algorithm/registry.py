@@ -11,11 +11,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
-
-import yaml
 
 from es_megatron.config import build
 from es_megatron.errors import ConfigError
@@ -51,12 +50,12 @@ class Registry(Generic[T]):
         """Every name there is, other packages' among them."""
         return sorted({*self._classes, *(point.name for point in entry_points(group=self._group))})
 
-    def make(self, name: str, options: Sequence[str] = ()) -> T:
+    def make(self, name: str, options: Mapping[str, Any] = MappingProxyType({})) -> T:
         """Make the instance of a name.
 
         Args:
             name: of a class of this package, or of an entry point.
-            options: `option=value`, for the fields of its class; `a+b` for a list.
+            options: for the fields of its class, by name; `a+b` is a list.
 
         Raises:
             ConfigError: no such name, or option, or a value of another type; an entry point that is no such class.
@@ -64,16 +63,13 @@ class Registry(Generic[T]):
         cls = self._classes.get(name) or self._load(name)
         fields = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
         values: dict[str, Any] = {}
-        for option in options:
-            key, equals, text = option.partition("=")
-            if not equals:
-                raise ConfigError(f"Option `{option}` of {self._kind} `{name}` must be `option=value`.")
+        for key, value in options.items():
             if key not in fields:
                 near = difflib.get_close_matches(key, fields, n=1)
                 hint = f"Did you mean `{near[0]}`?" if near else f"It has {', '.join(fields) or 'none'}."
                 raise ConfigError(f"There is no option `{key}` of {self._kind} `{name}`. {hint}")
-            listed = isinstance(fields[key].default, tuple)
-            values[key] = text.split("+") if listed else yaml.safe_load(text)
+            listed = isinstance(fields[key].default, tuple) and isinstance(value, str)
+            values[key] = value.split("+") if listed else value
         return cast(T, build(cls, values, f"options of {self._kind} {name}") if fields else cls())
 
     def _load(self, name: str) -> type:

@@ -20,7 +20,7 @@ from es_megatron.resources import resource
 
 PREPARE = ("--demo", "--vocab-size", "2000", "--max-megabytes", "0.7", "--validation-share", "0.1")
 ARMS: Mapping[str, tuple[str, ...]] = {
-    "plain": ("evolved_sampling.arm=plain", "evolved_sampling.pruning_ratio=0"),
+    "plain": ("evolved_sampling.arm=plain", "evolved_sampling.pruning.ratio=0"),
     "eswp": (),
     "uniform": ("evolved_sampling.arm=uniform",),
 }
@@ -48,7 +48,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     for arm, changes in ARMS.items():
         # the last arm may spend what the one before it has spent
         budget = summaries["eswp"]["cost"] / summaries["plain"]["cost"] if "eswp" in summaries else None
-        more = () if budget is None else (f"evolved_sampling.budget={budget}",)
+        more = () if budget is None else (f"evolved_sampling.selection.budget={budget}",)
         summaries[arm] = train(arm, (*changes, *more), arguments)
     document: dict[str, Any] = {
         "prepared_with": " ".join(["es-megatron prepare", *PREPARE]),

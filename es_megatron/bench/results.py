@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from es_megatron.bench.runs import Outcomes, Task, best_rate, searched
 from es_megatron.bench.spec import Spec
 from es_megatron.bench.statistics import PairedDifference, paired, spread
+from es_megatron.scoring import PLAIN
 
 
 class Units(NamedTuple):
@@ -87,7 +88,7 @@ class ArmResult:
     @property
     def lossless(self) -> bool | None:
         """Whether the upper 95% bound against `plain` is at most 0.005 nats; None while that is open."""
-        against = self.against.get("plain")
+        against = self.against.get(PLAIN)
         return None if against is None or against.verdict == "open" else against.high <= LOSSLESS
 
 

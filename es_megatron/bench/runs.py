@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
@@ -20,7 +20,7 @@ from es_megatron.checkpoint.es_state import read_manifest
 from es_megatron.checkpoint.transfer import find_scores
 from es_megatron.config import build
 from es_megatron.data.manifest import Manifest
-from es_megatron.errors import ConfigError
+from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.trainer.settings import PretrainSettings
 
 
@@ -102,22 +102,27 @@ def apply(sections: dict[str, Any], overrides: Overrides) -> None:
         for part in path:
             inner[part] = mapping(inner.get(part), part)
             inner = inner[part]
-        inner[last] = {**mapping(inner.get(last), last), **value} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            inner[last] = mapping(inner.get(last), last)
+            apply(inner[last], cast(Overrides, value))
+        else:
+            inner[last] = value
 
 
 def identity_of(settings: Mapping[str, Any], blend: CaseBlend) -> dict[str, Any]:
     """What must be equal for a finished run to count: its settings with all defaults, its data, and the versions.
 
-    Not where anything stands: `initial_scores` are told by their content.
+    Not where anything stands: initial scores are told by their content.
 
     Raises:
-        CheckpointError: there are no such `initial_scores`.
+        CheckpointError: there are no such initial scores.
     """
-    told = dataclasses.asdict(build(PretrainSettings, dict(settings), "settings"))
+    made = build(PretrainSettings, dict(settings), "settings")
+    told = dataclasses.asdict(dataclasses.replace(made, evolved_sampling=made.evolved_sampling.filled_in()))
     del told["run"], told["data"]["blend"]
-    scores = told["evolved_sampling"]["initial_scores"]
+    scores = told["evolved_sampling"]["scores"]["initial"]
     if scores is not None:
-        told["evolved_sampling"]["initial_scores"] = scores_identity(Path(scores))
+        told["evolved_sampling"]["scores"]["initial"] = scores_identity(Path(scores))
     versions = {name: importlib.metadata.version(name) for name in ("es_megatron", "torch", "megatron-core")}
     return json.loads(json.dumps({"settings": told, "blend": blend.identity, "versions": versions}, default=str))
 
@@ -133,18 +138,20 @@ def scores_identity(path: Path) -> dict[str, Any]:
 
 
 def check_arms(spec: Spec, blends: Mapping[str, CaseBlend]) -> None:
-    """Refuse arms whose settings cannot be, before anything runs; `ConfigError` names the arm."""
+    """Refuse arms whose settings or files cannot be, before anything runs; `ConfigError` names the arm."""
     for case in spec.cases:
         for arm in spec.arms:
             task = Task(case, arm, spec.learning_rates[0], spec.seeds[0])
             try:
-                made = build(PretrainSettings, settings_of(spec, task, blends[case], Path()), f"arm {arm}")
+                settings = settings_of(spec, task, blends[case], Path())
+                made = build(PretrainSettings, settings, f"arm {arm}")
+                identity_of(settings, blends[case])
                 if made.training.eval_samples < 1:
                     raise ConfigError(
                         "`training.eval_samples` must be >= 1, but is 0 instead: arms are compared by their validation "
                         "losses. Leave it out."
                     )
-            except ConfigError as error:
+            except (ConfigError, CheckpointError) as error:
                 raise (
                     error if f"arm {arm}" in str(error) else ConfigError(f"{spec.path}: arm {arm}: {error}")
                 ) from error

@@ -13,6 +13,7 @@ import yaml
 
 from es_megatron.bench.recipe import Recipe
 from es_megatron.config import build, require
+from es_megatron.config.names import grouped, override_path
 from es_megatron.errors import ConfigError
 
 Overrides = Mapping[str, Any]
@@ -221,7 +222,7 @@ def _overrides(entry: Any, where: str) -> Overrides:
             raise ConfigError(f"`{key}` in `{where}` must be of the form section.key, such as evolved_sampling.arm.")
         for each in _keys(content, key):
             _refuse_own(each, where)
-    return content
+    return {".".join(override_path(key, value, where)): value for key, value in grouped(content, where).items()}
 
 
 def _arm(entry: Any, where: str) -> Overrides:
@@ -246,7 +247,7 @@ def _base(content: dict[str, Any], where: str) -> dict[str, Any]:
         _refuse_own(section, where)
         for key in mapping(entry, f"{where}.{section}") if isinstance(entry, dict) else ():
             _refuse_own(f"{section}.{key}", where)
-    return content
+    return grouped(content, where)
 
 
 def _refuse_own(key: str, where: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from es_megatron.bench.results import LOSSLESS, ArmResult, CaseResult, Results
 from es_megatron.bench.statistics import PairedDifference
+from es_megatron.scoring import PLAIN
 
 MEGA = 1e-6
 
@@ -47,7 +48,7 @@ def _losses(results: Results, case: CaseResult) -> Section:
     spec = results.spec
     head = ["arm", "lr", "cost", "nominal", "seconds", "passes", "M trained", "loss", "over seeds"]
     head += [f"against {name}" for name in spec.references]
-    lossless = "plain" in spec.references
+    lossless = PLAIN in spec.references
     rows = [[*head, *(["bound to plain"] if lossless else [])]]
     for arm in case.arms.values():
         rate = "-" if arm.rate is None else f"{arm.rate:g}" + ("*" if arm.edge else "")
@@ -119,7 +120,7 @@ def _bound(arm: ArmResult) -> str:
     lossless = arm.lossless
     if lossless is None:
         return ""
-    bound = f"{arm.against['plain'].high:+.4f}"
+    bound = f"{arm.against[PLAIN].high:+.4f}"
     return f"{bound} lossless" if lossless else f"{bound} > {LOSSLESS}"
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from es_megatron.config.names import path_of
 from es_megatron.errors import CheckpointError
 
 _SHOWN = 5
 _IDENTITY = ("samples", "fingerprint", "weight")
 """Fields of a component that decide which sample stands where; its path may change freely."""
+
+_TERMS = {"decay": "scores.beta2", "correction": "scores.correction"}
+"""Terms that are called otherwise than their settings."""
 
 
 def check_manifest(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -48,7 +52,10 @@ def check_terms(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """
     changed = {key: (saved.get(key), value) for key, value in current.items() if saved.get(key) != value}
     if changed:
-        told = ", ".join(f"`{key}` was {old!r} and is {new!r}" for key, (old, new) in changed.items())
+        told = ", ".join(
+            f"`{_TERMS.get(key) or '.'.join(path_of(key))}` was {old!r} and is {new!r}"
+            for key, (old, new) in changed.items()
+        )
         raise CheckpointError(
             f"The checkpoint belongs to another run: {told}. Restore these settings, or start a new run directory."
         )

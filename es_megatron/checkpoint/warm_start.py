@@ -36,7 +36,7 @@ WarmStart = Callable[[ScoreStore], Origin]
 
 
 def start_with_scores(store: ScoreStore) -> Origin:
-    """Load the `initial_scores` of a run's settings, if there are any; collective.
+    """Load the `scores.initial` of a run's settings, if there are any; collective.
 
     Returns:
         The beginning of a data order whose scored components are pruned from epoch 0 on.
@@ -44,7 +44,7 @@ def start_with_scores(store: ScoreStore) -> Origin:
     Raises:
         CheckpointError: on every rank, if they are missing, damaged, or of other files under the same names.
     """
-    given = store.config.initial_scores
+    given = store.config.scores.initial
     if given is None:
         return Origin()
     with agreed(store.grid, f"begin with the scores of {given}"):
@@ -62,8 +62,8 @@ def load_moved(store: ScoreStore, folder: Path, transfer: Transfer) -> tuple[str
         Names of the components whose samples nearly all have a score, the same on every rank.
     """
     size = store.high - store.low
-    score = allocate(size, np.float32, store.config.score_folder)
-    visits = allocate(size, np.uint8, store.config.score_folder)
+    score = allocate(size, np.float32, store.config.scores.folder)
+    visits = allocate(size, np.uint8, store.config.scores.folder)
     with agreed(store.grid, f"load the scores of {folder}"):
         read_moved(folder, transfer, store.low, score, visits)
     store.load(score, visits)

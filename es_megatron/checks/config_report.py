@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -11,14 +10,16 @@ from es_megatron.checks.deepspeed_config import check_deepspeed
 from es_megatron.checks.findings import Finding, blocking, report
 from es_megatron.checks.megatron_config import check
 from es_megatron.checks.sizes import Proposal, measure, propose
-from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.config.names import given_names, settings_in
 from es_megatron.config_files.existing_run import ExistingRun
 from es_megatron.config_files.passes import passes_of
 from es_megatron.config_files.reading import KINDS, Source
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks import arguments as flags
+from es_megatron.scoring import PLAIN
 
-FIELDS = frozenset(field.name for field in dataclasses.fields(EvolvedSamplingConfig))
+FIELDS = frozenset(setting.name for setting in settings_in(EvolvedSamplingConfig))
 ORDER = ("REFUSE", "NOTE", "OK")
 
 
@@ -74,12 +75,11 @@ def wishes_in(source: Source, wishes: Wishes) -> Wishes:
         return wishes
     if isinstance(source.settings, tuple):
         namespace = flags.add_arguments(_Parser(add_help=False)).parse_args(list(source.settings))
-        config = flags.read_switches(namespace).config
-        given = {name.removeprefix("es_") for name in vars(namespace)}
+        switches = flags.read_switches(namespace)
+        config, given = switches.config, switches.given
     else:
-        config = build(EvolvedSamplingConfig, source.settings, "evolved_sampling")
-        given = set(source.settings)
-    return Wishes(config or EvolvedSamplingConfig(arm="plain"), frozenset(given), wishes.passes)
+        config, given = EvolvedSamplingConfig.from_mapping(source.settings), given_names(source.settings)
+    return Wishes(config or EvolvedSamplingConfig(arm=PLAIN), given, wishes.passes)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -68,7 +68,7 @@ def refusals(run: ExistingRun, rows: Sequence[Refusal], config: EvolvedSamplingC
 
 def told_of(row: Refusal, config: EvolvedSamplingConfig) -> str:
     """Which setting of Evolved Sampling makes a row hold, where not all of them do."""
-    return f" (`scorer: {config.scorer}` makes a scoring pass)" if row.extent == "scoring" else ""
+    return f" (`scorer: {config.scorer.kind}` makes a scoring pass)" if row.extent == "scoring" else ""
 
 
 def check_model(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Finding]:
@@ -135,12 +135,12 @@ def check_data(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Find
             "none needed; the order will differ from a run without it",
         )
     workers = run.number("num_workers") if run.on("num_workers") else None
-    if workers is not None and workers * LOADER_PREFETCH > config.mask_lag:
+    if workers is not None and workers * LOADER_PREFETCH > config.order.mask_lag:
         yield note(
             flag(run, "num_workers"),
             f"{workers} workers reading {LOADER_PREFETCH} batches ahead need kept masks {workers * LOADER_PREFETCH} "
             f"iterations early",
-            f"`--es-mask-lag {workers * LOADER_PREFETCH}`, which is put in",
+            f"`--es-order-mask-lag {workers * LOADER_PREFETCH}`, which is put in",
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from es_megatron.checks import communication
-from es_megatron.checks.findings import Finding, fail, ok, split_error
+from es_megatron.checks.findings import Finding, fail, note, ok, split_error
 from es_megatron.checks.versions import installed_version
 from es_megatron.errors import EsError
 
@@ -45,7 +45,8 @@ class Facts:
     """What to do about that; empty where the data are fine."""
     directory: str
     """What is wrong with the run's folder, or nothing."""
-    free_bytes: int
+    free_bytes: int | None
+    """In that folder; None where the settings that name it cannot be read."""
     interface: str
     """Name that `GLOO_SOCKET_IFNAME` gives, or nothing."""
     address: str
@@ -71,7 +72,7 @@ def observe(settings: PretrainSettings | EsError, node: int, token: str) -> Fact
         node: number of this node.
         token: name of the file that node 0 left in the run's folder.
     """
-    trouble, free = "", 0
+    trouble, free = "", None
     if isinstance(settings, EsError):
         manifest, cure = split_error(settings, "correct the settings")
     else:
@@ -182,8 +183,10 @@ def judge_folder(facts: Sequence[Facts]) -> Finding:
     if broken:
         cure = "set `run.directory` to a folder that all nodes share and may write to"
         return fail("run directory", by_node(broken, lambda each: each.directory), cure)
-    free = min(each.free_bytes for each in facts) // MEGABYTE
-    return ok("run directory", f"shared and writable, {free:,} MB free")
+    free = [each.free_bytes for each in facts if each.free_bytes is not None]
+    if len(free) < len(facts):
+        return note("run directory", "not looked at: settings that cannot be read name it", "correct the settings")
+    return ok("run directory", f"shared and writable, {min(free) // MEGABYTE:,} MB free")
 
 
 def judge_interfaces(facts: Sequence[Facts]) -> Finding:

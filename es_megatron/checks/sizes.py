@@ -37,10 +37,10 @@ class Proposal:
             return ["plan: sizes are not all known, so neither b nor the saving is computed"]
         plan = self.plan
         count, saved = self.passes.count, self.prediction.saving
-        scoring = self.config.scoring_micro_batch_size
+        scoring = self.config.scorer.micro_batch_size
         kept = f"b = {plan.kept} (keep ratio {plan.kept / plan.meta_batch:g})"
         size = "as in training" if scoring is None else scoring
-        turns = f"{count:g} pass{'' if count == 1 else 'es'} of the data ({self.passes.source})"
+        turns = f"{count:g} {'pass' if count == 1 else 'passes'} of the data ({self.passes.source})"
         selecting = self.prediction.selecting
         return [
             f"plan: B = {plan.meta_batch}, {kept}, scoring micro-batch {size}, arm {self.config.arm}",
@@ -141,24 +141,24 @@ def propose(
     """
     workers = run.number("num_workers") if run.on("num_workers") else None
     ahead = (workers or 0) * LOADER_PREFETCH
-    if ahead > config.mask_lag and "mask_lag" not in given:
-        config = dataclasses.replace(config, mask_lag=ahead)
+    if ahead > config.order.mask_lag and "order.mask_lag" not in given:
+        config = config.replaced({"order.mask_lag": ahead})
     if sizes is None:
         return Proposal(config, passes), []
     findings: list[Finding] = []
-    if "keep_ratio" not in given and arm_of(config).selects and config.budget is None:
-        kept = min(nearest(config.keep_ratio * sizes.meta_batch, sizes.quantum), sizes.meta_batch)
+    if "selection.keep_ratio" not in given and arm_of(config).selects and config.selection.budget is None:
+        kept = min(nearest(config.selection.keep_ratio * sizes.meta_batch, sizes.quantum), sizes.meta_batch)
         ratio = kept / sizes.meta_batch
-        if abs(ratio - config.keep_ratio) > 1e-9:
+        if abs(ratio - config.selection.keep_ratio) > 1e-9:
             findings.append(
                 note(
                     f"keep ratio {ratio:g}",
-                    f"b must be a multiple of {sizes.quantum} sequences here, so {config.keep_ratio:g} of the "
-                    f"meta-batch becomes b = {kept}",
+                    f"b must be a multiple of {sizes.quantum} sequences here, so {config.selection.keep_ratio:g} of "
+                    f"the meta-batch becomes b = {kept}",
                     "a larger global batch or a smaller micro-batch comes nearer",
                 )
             )
-            config = dataclasses.replace(config, keep_ratio=ratio)
+            config = config.replaced({"selection.keep_ratio": ratio})
     try:
         plan = _plan(run, sizes, config, passes.count)
         check_micro_batches(plan, sizes.micro_batch * sizes.data_parallel, sizes.pipeline, sizes.virtual)
@@ -166,12 +166,12 @@ def propose(
         why, _, cure = str(error).partition(". ")
         return Proposal(config, passes), [*findings, refuse("sizes", why, cure.rstrip(".") or "use other sizes")]
     if plan.scored_iterations:
-        config, more = _scoring(sizes, config, plan, "scoring_micro_batch_size" in given)
+        config, more = _scoring(sizes, config, plan, "scorer.micro_batch_size" in given)
         findings += more
         if blocking(more):
             return Proposal(config, passes), findings
     plan = dataclasses.replace(plan, config=config)
-    proposal = Proposal(config, passes, plan, predict(plan, sizes.layout(config.scoring_micro_batch_size)))
+    proposal = Proposal(config, passes, plan, predict(plan, sizes.layout(config.scorer.micro_batch_size)))
     return proposal, findings + list(_pays(proposal))
 
 
@@ -188,12 +188,12 @@ def _scoring(
     """Choose the scoring micro-batch: the cheapest, and of equals the largest."""
     fitting = sizes.scoring_sizes
     if given:
-        size = config.scoring_micro_batch_size
+        size = config.scorer.micro_batch_size
         if size is None or size in fitting:
             return config, []
         return config, [
             refuse(
-                f"`--es-scoring-micro-batch-size {size}`",
+                f"`--es-scorer-micro-batch-size {size}`",
                 f"it must cut a rank's {sizes.own} sequences into a multiple of {sizes.multiple} micro-batches",
                 f"use one of {', '.join(map(str, fitting[:12]))}",
             )
@@ -204,7 +204,7 @@ def _scoring(
         if sizes.micro_batch <= s <= LARGEST_SCORING * sizes.micro_batch and s % sizes.micro_batch == 0
     ]
     best = max(able, key=lambda s: (round(predict(plan, sizes.layout(s)).saving, 6), s))
-    return dataclasses.replace(config, scoring_micro_batch_size=None if best == sizes.micro_batch else best), []
+    return config.replaced({"scorer.micro_batch_size": None if best == sizes.micro_batch else best}), []
 
 
 def _pays(proposal: Proposal) -> Iterator[Finding]:
@@ -219,7 +219,7 @@ def _pays(proposal: Proposal) -> Iterator[Finding]:
         )
     if prunes(proposal.config) and proposal.passes.count <= 1:
         yield note(
-            f"pruning ratio {proposal.config.pruning_ratio:g}",
+            f"pruning ratio {proposal.config.pruning.ratio:g}",
             "the first epoch of a component is never pruned, and the prediction counts one pass over the data",
             "give the passes that the run makes with `--passes N`",
         )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from es_megatron.checks.findings import Finding, fail, note, ok
 from es_megatron.errors import EsError
 from es_megatron.patching import PatchList, check, read_patches, untested, upstream_version, upstreams
+from es_megatron.testing import prepare_cpu
 
 IMPORT_SECONDS = 180
 MARK = "es_megatron.checks.targets: "
@@ -109,24 +110,11 @@ def find_here(upstream: str) -> Targets:
     patches = read_patches(upstream)
     try:
         with contextlib.suppress(ModuleNotFoundError):  # what is missing there is told target by target
-            install_cpu_layer(upstream)
+            prepare_cpu(upstream)
         found = tuple(Target(each.patch.target, each.state, each.detail) for each in check(patches))
         return Targets(upstream_version(patches), untested(patches), found)
     except EsError as error:
         return Targets(trouble=str(error).rstrip("."))
-
-
-def install_cpu_layer(upstream: str) -> None:
-    """Make the upstream importable where there is no CUDA, as a run of it does; does nothing where there is."""
-    if upstream == "megatron-deepspeed":
-        from es_megatron.testing import megatron_deepspeed_cpu
-
-        megatron_deepspeed_cpu.install()
-        return
-    from es_megatron.testing import megatron_lm_cpu
-
-    if megatron_lm_cpu.install():
-        megatron_lm_cpu.adapt_megatron_core()
 
 
 if __name__ == "__main__":

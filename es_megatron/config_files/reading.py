@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import yaml
 
+from es_megatron.config.names import SECTION
 from es_megatron.config_files.existing_run import ALIASES, SIZES, ExistingRun, Kind, canonical, parse_options
 from es_megatron.config_files.launches import Launch, Script, read_script
 from es_megatron.config_files.shell_syntax import Command, parse
@@ -24,7 +25,6 @@ KINDS = {
     "deepspeed": "DeepSpeed JSON",
 }
 INTERPOLATED = re.compile(r"\$\{([^}]*)\}")
-BLOCK = "evolved_sampling"
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _yaml(text: str, hints: Hints) -> Source:
         raise ConfigError("It must be a mapping of settings, but is not. Give a Megatron YAML.")
     content = cast(dict[str, Any], content)
     found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
-    for where, name, values in _leaves({key: value for key, value in content.items() if key != BLOCK}, ""):
+    for where, name, values in _leaves({key: value for key, value in content.items() if key != SECTION}, ""):
         found.setdefault(canonical(name), []).append((where, values))
     options = {name: places[0][1] for name, places in found.items()}
     if "micro_batch_size" not in options and "global_batch_size" not in options:
@@ -251,7 +251,7 @@ def _yaml(text: str, hints: Hints) -> Source:
         if name in SIZES and len({values for _, values in places}) > 1
     )
     run = ExistingRun("yaml", options, None, hints.world_size, notes=notes).replaced(hints.values)
-    return Source("yaml", text, (run,), (), cast(Mapping[str, Any], content.get(BLOCK) or {}))
+    return Source("yaml", text, (run,), (), cast(Mapping[str, Any], content.get(SECTION) or {}))
 
 
 def _leaves(mapping: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -282,4 +282,4 @@ def _deepspeed(text: str, hints: Hints) -> Source:
     if "sequence_parallel_size" in content:
         options["context_parallel_size"] = (str(content["sequence_parallel_size"]),)
     run = ExistingRun("deepspeed", options, None, hints.world_size, deepspeed=content).replaced(hints.values)
-    return Source("deepspeed", text, (run,), (), cast(Mapping[str, Any], content.get(BLOCK) or {}))
+    return Source("deepspeed", text, (run,), (), cast(Mapping[str, Any], content.get(SECTION) or {}))

@@ -51,10 +51,9 @@ def run_patch(arguments: argparse.Namespace) -> int:
     """Report, and write unless something is refused; returns 1 if it is."""
     source = read(arguments.config, hints_of(arguments))
     switches = flags.read_switches(arguments)
-    given = frozenset(name.removeprefix("es_") for name in vars(arguments) if name.startswith("es_"))
     if switches.config is None and hasattr(arguments, "es"):
         raise ConfigError("`--no-es` switches Evolved Sampling off, so there is nothing to put in. Leave it out.")
-    wishes = Wishes(switches.config or EvolvedSamplingConfig(), given, arguments.passes)
+    wishes = Wishes(switches.config or EvolvedSamplingConfig(), switches.given, arguments.passes)
     report = examine(arguments.config.name, source, wishes)
     print(report.text(), file=sys.stderr if arguments.diff else sys.stdout)
     if arguments.check or report.refused:

@@ -6,7 +6,6 @@ undone in memory first, and is only given out if that restores the text.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -15,10 +14,12 @@ from typing import Any
 import yaml
 
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.config.names import GROUPS, SECTION, flag_of, settings_in
+from es_megatron.config.settings import option_words
 from es_megatron.config_files.existing_run import Kind
 from es_megatron.config_files.json_members import Member, members_of
 from es_megatron.config_files.launches import RUNNER, Launch
-from es_megatron.config_files.reading import BLOCK, Source, last_word
+from es_megatron.config_files.reading import Source, last_word
 from es_megatron.config_files.shell_syntax import CONTINUED
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.arguments import STRICT_VERSIONS, Switches
@@ -28,31 +29,28 @@ BEGIN, END = "# >>> es-megatron", "# <<< es-megatron <<<"
 ARRAYS = ("ES_ARGS", "ES_MEGATRON_ARGS")
 UNENDED = "no newline at the end"
 MARKED = re.compile(rf"[ \t]*{BEGIN} \(([^)]*)\).*?{END}\r?\n", re.DOTALL)
-BARE = [field.name.replace("_", "-") for field in dataclasses.fields(EvolvedSamplingConfig) if field.default is False]
-PLAIN = "|".join([*BARE, STRICT_VERSIONS.removeprefix("--es-")])
+BARE = [
+    *(flag_of(each.name) for each in settings_in(EvolvedSamplingConfig) if each.field.default is False),
+    "--es-inclusion-weights",  # its name of before
+]
+PLAIN = "|".join(flag.removeprefix("--es-") for flag in (*BARE, STRICT_VERSIONS))
 """Flags without a value, as an alternative of a pattern."""
-FLAG = rf"(?:--(?:no-)?es(?:-(?:{PLAIN}))?(?![\w-])|--es-[a-z0-9-]+[ =][^\s\"'\\]+)"
+OPTIONS = r"--es-[a-z-]+-options(?:[ =][a-z]\w*=[^\s\"'\\]+)*"
+"""A flag with any number of values."""
+FLAG = rf"(?:(?:--(?:no-)?es(?:-(?:{PLAIN}))?|{OPTIONS})(?![\w-])|--es-[a-z0-9-]+[ =][^\s\"'\\]+)"
 RUN_AS_MODULE = re.compile(rf"(?:-m|--module) {re.escape(RUNNER)} ")
 IN_LAUNCH = re.compile(rf" (?:\"\$\{{(?:{'|'.join(ARRAYS)})\[@\]\}}\"|{FLAG})")
 IN_ARGUMENTS = re.compile(rf"(?:(?: \\)?\r?\n[ \t]*| ){FLAG}")
 
 
-def settings_of(config: EvolvedSamplingConfig) -> dict[str, Any]:
-    """Fields that differ from their default, and those of the preset always."""
-    return {
-        field.name: list(value) if isinstance(value, tuple) else value
-        for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) not in (field.default, ())
-    }
-
-
 def flags_of(config: EvolvedSamplingConfig, switches: Switches = NO_SWITCHES) -> list[str]:
-    """The same as flags, each with its value, and what goes with them."""
+    """Settings that differ from their default or hang on the preset, as flags, and what goes with them."""
     flags: list[str] = []
-    for name, value in settings_of(config).items():
-        flag = f"--es-{name.replace('_', '-')}"
-        told = " ".join(value) if isinstance(value, list) else value
-        flags.append(flag if value is True else f"{flag} {told}")
+    for group, values in config.to_mapping().items():
+        named = {f"{group}.{name}": value for name, value in values.items()} if group in GROUPS else {group: values}
+        for name, value in named.items():
+            told = " ".join(option_words(value)) if isinstance(value, dict) else value
+            flags.append(flag_of(name) if value is True else f"{flag_of(name)} {told}".rstrip())
     flags += [] if switches.audit is None else [f"--es-audit {switches.audit}"]
     return flags + ([STRICT_VERSIONS] if switches.strict_versions else [])
 
@@ -82,9 +80,9 @@ def patch(source: Source, config: EvolvedSamplingConfig, switches: Switches = NO
     elif source.kind == "arguments":
         patched = _patch_arguments(source.text, flags_of(config, switches))
     elif source.kind == "yaml":
-        patched = _patch_yaml(source.text, settings_of(config))
+        patched = _patch_yaml(source.text, config.to_mapping())
     else:
-        patched = _patch_json(source.text, settings_of(config))
+        patched = _patch_json(source.text, config.to_mapping())
     if unpatch(source.kind, patched)[0] != source.text:
         raise ConfigError(
             "It cannot be patched so that undoing it restores it. Put the settings in by hand (docs/configs.md)."
@@ -188,11 +186,11 @@ def _patch_arguments(text: str, flags: list[str]) -> str:
 
 
 def _patch_yaml(text: str, settings: dict[str, Any]) -> str:
-    body = [f"{BLOCK}:", *(f"  {name}: {json.dumps(value)}" for name, value in settings.items())]
+    body = [f"{SECTION}:", *(f"  {name}: {json.dumps(value)}" for name, value in settings.items())]
     ended = not text or text.endswith("\n")
     patched = text + ("" if ended else _newline(text)) + _marked(text, body, "", "" if ended else f", {UNENDED}")
     try:
-        same = yaml.safe_load(patched.lstrip("\ufeff")) == {**yaml.safe_load(text.lstrip("\ufeff")), BLOCK: settings}
+        same = yaml.safe_load(patched.lstrip("\ufeff")) == {**yaml.safe_load(text.lstrip("\ufeff")), SECTION: settings}
     except yaml.YAMLError:
         same = False
     if not same:
@@ -209,17 +207,17 @@ def _patch_json(text: str, settings: dict[str, Any]) -> str:
     indent = text[begin : members[0].start] if lines and not text[begin : members[0].start].strip() else "    "
     if lines:
         inner = f",{newline}".join(f"{indent}{indent}{json.dumps(k)}: {json.dumps(v)}" for k, v in settings.items())
-        block = f"{newline}{indent}{json.dumps(BLOCK)}: {{{newline}{inner}{newline}{indent}}}"
+        block = f"{newline}{indent}{json.dumps(SECTION)}: {{{newline}{inner}{newline}{indent}}}"
     else:
-        block = f"{' ' if members else ''}{json.dumps(BLOCK)}: {json.dumps(settings)}"
+        block = f"{' ' if members else ''}{json.dumps(SECTION)}: {json.dumps(settings)}"
     return text[:at] + ("," if members else "") + block + text[at:]
 
 
 def _unpatch_json(text: str) -> str:
     opened, members = members_of(text)
-    at = next((number for number, member in enumerate(members) if member.key == BLOCK), None)
+    at = next((number for number, member in enumerate(members) if member.key == SECTION), None)
     if at is None:
-        raise ConfigError(f"It has no `{BLOCK}` block, so there is nothing to take out.")
+        raise ConfigError(f"It has no `{SECTION}` block, so there is nothing to take out.")
     member: Member = members[at]
     if at > 0:
         return text[: members[at - 1].end] + text[member.end :]

@@ -62,30 +62,30 @@ class Chooser:
         Raises:
             ConfigError: no such policy or option, or settings that do not go with it.
         """
-        config = plan.config
+        config, selection = plan.config, plan.config.selection
         self.plan, self.grid, self.micro_batch = plan, grid, micro_batch
         self.config, self.arm = config, arm_of(config)
-        self.policy = POLICIES.make(config.policy, config.policy_options)
+        self.policy = POLICIES.make(selection.policy, config.policy_options)
         if self.needs_norm and not scorer_of(config).bounds_norms:
             raise ConfigError(
-                f"`scorer` must be `fresh` or `prefix` with policy `{config.policy}`, but is `{config.scorer}` "
+                f"`scorer` must be `fresh` or `prefix` with policy `{selection.policy}`, but is `{config.scorer.kind}` "
                 "instead: norms are not kept in the scores."
             )
-        if not self.policy.draws and (config.inclusion_weights or config.weight_floor > 0):
-            name = "inclusion_weights" if config.inclusion_weights else "weight_floor"
+        if not self.policy.draws and (selection.inclusion_weights or selection.weight_floor > 0):
+            name = "inclusion_weights" if selection.inclusion_weights else "weight_floor"
             raise ConfigError(
-                f"`{name}` must be off with policy `{config.policy}`, which ranks and does not draw. Switch it off."
+                f"`{name}` must be off with policy `{selection.policy}`, which ranks and does not draw. Switch it off."
             )
         opposed = {
-            "weight_floor": config.weight_floor > 0,
-            "inclusion_weights": config.inclusion_weights,
-            "granularity: microbatch": config.granularity == "microbatch",
+            "weight_floor": selection.weight_floor > 0,
+            "inclusion_weights": selection.inclusion_weights,
+            "granularity: microbatch": selection.granularity == "microbatch",
         }
         if self.policy.excludes and any(opposed.values()):
             name = next(name for name, on in opposed.items() if on)
             raise ConfigError(
-                f"`{name}` must be off with policy `{config.policy}` and options {list(config.policy_options)}, which "
-                "mean some sequences never to be chosen: it counts on all of them. Switch one of the two off."
+                f"`{name}` must be off with policy `{selection.policy}` and options {dict(config.policy_options)}, "
+                "which mean some sequences never to be chosen: it counts on all of them. Switch one of the two off."
             )
         self.state: dict[str, Any] = {"policy": {}, "guard": {"iterations": 0, "gain": 0.0, "fell": False}}
         """JSON-able; of the last finished iteration."""
@@ -99,7 +99,7 @@ class Chooser:
     @property
     def fell(self) -> bool:
         """Whether the guard has fallen back."""
-        return self.config.guard != "off" and bool(self.state["guard"]["fell"])
+        return self.config.guard.fallback != "off" and bool(self.state["guard"]["fell"])
 
     def choose(self, iteration: int, known: Known) -> Choice:
         """Choose by the policy."""
@@ -144,7 +144,7 @@ class Chooser:
         draws = self.policy.draws
         weight = np.full(len(known.weight), 0.0 if draws else -np.inf)
         self._next = copy.deepcopy(self.state)
-        parts = self.config.selection_parts
+        parts = self.config.selection.parts
         for low in range(0, len(weight), len(weight) // parts):
             at = drawable[(drawable >= low) & (drawable < low + len(weight) // parts)]
             if len(at) == 0:
@@ -158,14 +158,14 @@ class Chooser:
                 iteration,
             )
             weight[at], self._next["policy"] = self.policy.weigh(evidence, self._next["policy"])
-        if draws and self.config.weight_floor > 0:
+        if draws and self.config.selection.weight_floor > 0:
             mean = float(weight.sum()) / max(1, len(drawable))
-            weight = raise_to_floor(weight, self.config.weight_floor, mean)
+            weight = raise_to_floor(weight, self.config.selection.weight_floor, mean)
         return weight, draws
 
     def _choose_by(self, iteration: int, weight: Float64, count: int, *, draws: bool) -> Choice:
         """Draw or rank, part by part."""
-        parts = self.config.selection_parts if count == self.plan.kept else 1
+        parts = self.config.selection.parts if count == self.plan.kept else 1
         uniform = uniforms(self.config.seed, Purpose.SELECT, 0, iteration, 0, len(weight))
         size = len(weight) // parts
         taken = [
@@ -174,7 +174,7 @@ class Chooser:
         ]
         positions = np.concatenate([part.chosen + number * size for number, part in enumerate(taken)])
         positions = self.grid.broadcast(positions)
-        if not self.config.inclusion_weights:
+        if not self.config.selection.inclusion_weights:
             return Choice(positions, None)
         runner_up = self.grid.broadcast(np.asarray([part.runner_up for part in taken]))
         weights = [
@@ -186,7 +186,7 @@ class Chooser:
         return Choice(positions, np.concatenate(weights))
 
     def _choose_part(self, weight: Float64, uniform: Float64, count: int, *, draws: bool) -> Race:
-        if self.config.granularity == "microbatch":
+        if self.config.selection.granularity == "microbatch":
             if draws:
                 return Race(race_groups(weight, uniform, count, self.micro_batch), np.inf)
             return Race(best_groups(weight, count, self.micro_batch), np.inf)
@@ -194,11 +194,11 @@ class Chooser:
 
     def _judge(self, weight: npt.NDArray[np.floating]) -> None:
         """Go on with the guard's average, and fall back where it says so; the same on every rank."""
-        if self.config.guard == "off" or len(weight) == 0:
+        if self.config.guard.fallback == "off" or len(weight) == 0:
             return
         guard = self._next["guard"]
-        gain = smooth(guard["gain"], guard["iterations"], equivalent_batch(weight), self.config.guard_window)
+        gain = smooth(guard["gain"], guard["iterations"], equivalent_batch(weight), self.config.guard.window)
         gain = float(self.grid.broadcast(np.asarray([gain]))[0])
         guard["gain"], guard["iterations"] = gain, guard["iterations"] + 1
-        if guard["iterations"] >= self.config.guard_window and gain <= self.plan.break_even_gain:
+        if guard["iterations"] >= self.config.guard.window and gain <= self.plan.break_even_gain:
             guard["fell"] = True

@@ -72,7 +72,7 @@ class EvolvedSampling:
             train_samples: draws of the plain run.
             micro_batch_multiple: what the micro-batches of a rank must be a multiple of (the pipeline size where stages
                 are interleaved).
-            warm_start: says where the data order begins, and loads scores to begin with: `initial_scores` at
+            warm_start: says where the data order begins, and loads scores to begin with: `scores.initial` at
                 iteration 0, or what a checkpoint says.
 
         Raises:
@@ -83,7 +83,7 @@ class EvolvedSampling:
         self.arm, self.scorer = arm_of(config), scorer_of(config)
         self.meta_batch, self.micro_batch = meta_batch, micro_batch
         self._everything = np.arange(meta_batch)
-        quantum = math.lcm(micro_batch * grid.dp_size * micro_batch_multiple, config.selection_parts)
+        quantum = math.lcm(micro_batch * grid.dp_size * micro_batch_multiple, config.selection.parts)
         self.store = ScoreStore(manifest, config, grid)
         origin = warm_start(self.store)
         self.plan: Plan = plan_run(config, manifest, meta_batch, quantum, train_samples, origin)
@@ -327,9 +327,10 @@ class EvolvedSampling:
             f"{self.manifest.components[batch.component[p]].name}[{batch.row[p]}]" for p in at[:NAMED_BAD_ROWS]
         )
         told = f"{len(at)} of {len(loss)} sequences of iteration {self.iteration} have a non-finite loss: {rows}"
-        if len(at) > self.config.max_bad_losses * self.meta_batch:
+        limit = self.config.selection.max_bad_losses
+        if len(at) > limit * self.meta_batch:
             raise LossError(
-                f"{told}. That is more than `max_bad_losses` = {self.config.max_bad_losses} of the meta-batch. Look at "
+                f"{told}. That is more than `selection.max_bad_losses` = {limit} of the meta-batch. Look at "
                 "these rows, lower the learning rate, or check the precision; resume from the last checkpoint."
             )
         LOGGER.warning("%s; they are left out", told)

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_megatron.algorithm.evolution import raise_to_floor
-from es_megatron.algorithm.pruners import PRUNERS, Block
-from es_megatron.algorithm.pruning import kept_count
+from es_megatron.algorithm.pruners import PRUNERS, Block, kept_count
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.permutation import permutation
@@ -57,9 +56,10 @@ class EpochPruning:
         config = store.config
         self.store, self.config, self.grid = store, config, store.grid
         self.arm = arm_of(config)
-        name, options = (config.pruner, config.pruner_options) if self.arm.pruner is None else (self.arm.pruner, ())
-        self.pruner = PRUNERS.make(name, options)
-        self.masks = MaskMemory(config.mask_folder, store.grid)
+        pruning = config.pruning
+        named = (pruning.pruner, pruning.options) if self.arm.pruner is None else (self.arm.pruner, {})
+        self.pruner = PRUNERS.make(*named)
+        self.masks = MaskMemory(config.order.mask_folder, store.grid)
 
     def prune(self, component: int, epoch: int) -> KeptMask:
         """Keep m_c of a component's samples by the pruner's keys; collective.
@@ -74,7 +74,7 @@ class EpochPruning:
             lambda: self._keys(component, epoch, scale),
             high - low,
             samples,
-            kept_count(samples, self.config.pruning_ratio),
+            kept_count(samples, self.config.pruning.ratio),
             self._sample_keys(component, epoch, scale),
             self.grid,
             low % 8,
@@ -98,11 +98,11 @@ class EpochPruning:
         )
         below = int(self.grid.sum_over_dp(np.asarray([own], dtype=np.int64))[0])
         samples = int(self.store.manifest.sizes[component])
-        kept_below = below - (samples - kept_count(samples, self.config.pruning_ratio))
+        kept_below = below - (samples - kept_count(samples, self.config.pruning.ratio))
         return StandIn(float(np.float32(scale.mean)), below / kept_below if kept_below > 0 else 1.0)
 
     def _scale(self, component: int) -> Scale:
-        if self.config.correction == "paper" and self.config.weight_floor == 0 and not self.pruner.needs_mean:
+        if self.config.correction == "paper" and self.config.selection.weight_floor == 0 and not self.pruner.needs_mean:
             return Scale(0.0, 0.0)  # no collective for what nobody refers to
         mean = float(self.store.component_means()[component])
         return Scale(mean, mean)
@@ -110,7 +110,7 @@ class EpochPruning:
     def _weight(self, score: Float32, visits: UInt8, scale: Scale) -> Float32:
         """Scores as pruning uses them, above 0."""
         weight = np.maximum(self.store.usable(score, visits, scale.unseen), np.finfo(np.float32).tiny)
-        return raise_to_floor(weight, self.config.weight_floor, scale.mean)
+        return raise_to_floor(weight, self.config.selection.weight_floor, scale.mean)
 
     def _key(self, score: Float32, visits: UInt8, uniform: Float64, epoch: int, scale: Scale) -> Float64:
         return self.pruner.keys(Block(self._weight(score, visits, scale), visits, uniform, scale.mean, epoch))

@@ -106,11 +106,11 @@ def plan_facts(plan: Plan, layout: Layout, seq_length: int) -> dict[str, Any]:
     as_given, as_nominal = predict(plan, layout), predict(plan, nominal(layout))
     return {
         "arm": config.arm,
-        "scorer": config.scorer if plan.arm.scores else None,
-        "policy": config.policy if plan.arm.scores else None,
-        "granularity": config.granularity,
-        "pruning_ratio": config.pruning_ratio if prunes(config) else 0.0,
-        "anneal": config.anneal,
+        "scorer": config.scorer.kind if plan.arm.scores else None,
+        "policy": config.selection.policy if plan.arm.scores else None,
+        "granularity": config.selection.granularity,
+        "pruning_ratio": config.pruning.ratio if prunes(config) else 0.0,
+        "anneal": config.selection.anneal,
         "meta_batch": plan.meta_batch,
         "kept": plan.kept,
         "seq_length": seq_length,

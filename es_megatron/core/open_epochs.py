@@ -48,7 +48,7 @@ class OpenEpochs:
 
     def decide(self, iteration: int) -> None:
         """Decide the masks that are due, but for those that a checkpoint had; collective."""
-        for due in self.plan.schedule.due(iteration, self.plan.config.mask_lag):
+        for due in self.plan.schedule.due(iteration, self.plan.config.order.mask_lag):
             key = due.component, due.epoch
             if key in self.sampler.masks:
                 continue
@@ -114,7 +114,7 @@ class OpenEpochs:
     ) -> None:
         """Go on where a checkpoint stood; collective."""
         self.sampler.masks = masks
-        if self.plan.config.mask_folder is not None:
+        if self.plan.config.order.mask_folder is not None:
             share = self.pruning.masks.share
             self.sampler.masks = {key: share(mask.packed, mask.samples) for key, mask in sorted(masks.items())}
         stand_ins = {(int(c), int(e)): StandIn(threshold, factor) for c, e, threshold, factor in rescaled}

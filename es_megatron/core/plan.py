@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.config import EvolvedSamplingConfig, SelectionSettings
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.schedule import Origin, Schedule
 from es_megatron.errors import ConfigError, LayoutError
@@ -52,7 +52,7 @@ class Plan:
 
         A multiple of what divides both b and B, which every layout of the run can train.
         """
-        if self.config.guard == "plain":
+        if self.config.guard.fallback == "plain":
             return self.meta_batch
         more, unit = (self.break_even_gain - 1.0) * self.kept, math.gcd(self.kept, self.meta_batch)
         return min(self.meta_batch, self.kept + int(more / unit + 1e-9) * unit)
@@ -93,7 +93,7 @@ class Plan:
     @property
     def scoring_price(self) -> float:
         """Cost of scoring a sequence, in forward passes over a whole one."""
-        return self.scored_share * (self.config.scoring_cost or 1.0)
+        return self.scored_share * (self.config.scorer.cost or 1.0)
 
     @property
     def sequences_scored(self) -> int:
@@ -154,17 +154,18 @@ def plan_run(
         raise ConfigError(f"`train_samples` must be >= 1, but is {train_samples} instead.")
     plain_iterations = -(-train_samples // meta_batch)
     arm = arm_of(config)
-    kept = kept_of(config, meta_batch, quantum) if arm.selects and config.budget is None else meta_batch
+    kept = kept_of(config, meta_batch, quantum) if arm.selects and config.selection.budget is None else meta_batch
 
     def make(kept: int, samples: int) -> Plan:
-        ratio = config.pruning_ratio if prunes(config) else 0.0
-        schedule = Schedule(manifest, meta_batch, samples, anneal=config.anneal, pruning_ratio=ratio, origin=origin)
+        ratio = config.pruning.ratio if prunes(config) else 0.0
+        anneal = config.selection.anneal
+        schedule = Schedule(manifest, meta_batch, samples, anneal=anneal, pruning_ratio=ratio, origin=origin)
         return Plan(config, schedule, meta_batch, kept, plain_iterations)
 
-    if not arm.budgeted or not (config.budget is not None or arm.shortened):
+    if not arm.budgeted or not (config.selection.budget is not None or arm.shortened):
         return make(kept, train_samples)
-    if config.budget is not None:
-        budget = config.budget * TRAIN_COST * plain_iterations * meta_batch
+    if config.selection.budget is not None:
+        budget = config.selection.budget * TRAIN_COST * plain_iterations * meta_batch
     else:
         budget = plan_run(published(config), manifest, meta_batch, quantum, train_samples, origin).cost
     if arm.selects:
@@ -184,13 +185,13 @@ def longest_within(budget: float, samples: int, cost: Callable[[int], float]) ->
 
 def kept_of(config: EvolvedSamplingConfig, meta_batch: int, quantum: int) -> int:
     """b = keep_ratio * B, refused unless it is a whole multiple of `quantum`."""
-    exact = config.keep_ratio * meta_batch
+    exact = config.selection.keep_ratio * meta_batch
     kept = round(exact)
     if abs(exact - kept) > 1e-6 or kept % quantum or kept < quantum:
         near = nearest(exact, quantum)
         raise ConfigError(
-            f"`keep_ratio` times the meta-batch must be a multiple of {quantum} (micro-batch size times data-parallel "
-            f"size, times pipeline size when interleaved), but is {exact:g} instead. Use `keep_ratio` "
+            f"`selection.keep_ratio` times the meta-batch must be a multiple of {quantum} (micro-batch size times "
+            f"data-parallel size, times pipeline size when interleaved), but is {exact:g} instead. Use `keep_ratio` "
             f"{near / meta_batch:g} "
             f"(b = {near}), a smaller micro-batch, or a larger meta-batch."
         )
@@ -269,7 +270,7 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     config, names = plan.config, [component.name for component in plan.schedule.manifest.components]
     tokens = 1e-6 * seq_length
     predicted, limit = predict(plan, layout), predict(plan, nominal(layout))
-    scorer, ratio = config.scorer if plan.arm.scores else "none", config.pruning_ratio if prunes(config) else 0.0
+    scorer, ratio = config.scorer.kind if plan.arm.scores else "none", config.pruning.ratio if prunes(config) else 0.0
     passes = ", ".join(f"{name} {count:.2f}" for name, count in zip(names, plan.passes, strict=True))
     forwarded = (plan.scored_share * plan.sequences_scored + plan.sequences_trained) * tokens
     plain = plan.plain_iterations * plan.meta_batch * tokens
@@ -283,8 +284,9 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     if calibrated:
         measured = f"backward = {layout.backward / layout.forward:.2f} forward on this machine"
         rows[""] = f"{predicted.saving:.1%} calibrated ({measured}), {predicted.selecting:.1%} while selecting"
-    scorer += f", policy {config.policy}" if plan.arm.scores and config.policy != EvolvedSamplingConfig.policy else ""
-    head = f"B = {plan.meta_batch}, b = {plan.kept}, scorer {scorer}, r = {ratio:g}, anneal {config.anneal:g}"
+    named = plan.arm.scores and config.selection.policy != SelectionSettings.policy
+    scorer += f", policy {config.selection.policy}" if named else ""
+    head = f"B = {plan.meta_batch}, b = {plan.kept}, scorer {scorer}, r = {ratio:g}, anneal {config.selection.anneal:g}"
     lines = [f"plan: arm {config.arm}, {head}", *(f"  {name:18}{value}" for name, value in rows.items())]
     if plan.evolving_iterations and min(predicted.saving, limit.saving) <= 0:
         lines.append(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_megatron.algorithm.phases import Phases
-from es_megatron.algorithm.pruning import kept_count
+from es_megatron.algorithm.pruners import kept_count
 from es_megatron.data.blend import MAX_DRAWS, Blend
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import ConfigError

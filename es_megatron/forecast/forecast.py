@@ -113,7 +113,7 @@ def forecast(request: Request) -> Forecast:
     draws = training.draws(manifest.total)
     plan = plan_run(config, manifest, sizes.meta_batch, sizes.quantum, draws, request.origin)
     check_micro_batches(plan, sizes.micro_batch * sizes.data_parallel, sizes.pipeline, sizes.virtual)
-    scoring = config.scoring_micro_batch_size
+    scoring = config.scorer.micro_batch_size
     if scoring is not None and scoring not in sizes.scoring_sizes:
         refuse_scoring_size(request)
     layout, source = layout_of(request)
@@ -153,7 +153,7 @@ def layout_of(request: Request) -> tuple[Layout, str | None]:
         forward = FORWARD_FLOPS * speed.parameters * tokens / (pieces * speed.flops)
         flops = "8 FLOP, 2 of them recomputed," if request.recomputes else "6 FLOP"
         source = f"estimate: {flops} per parameter and token"
-    layout = sizes.layout(request.config.scoring_micro_batch_size, forward)
+    layout = sizes.layout(request.config.scorer.micro_batch_size, forward)
     if speed.backward_over_forward is not None:
         layout = dataclasses.replace(layout, backward=speed.backward_over_forward * forward)
     if speed.scoring_forward is not None:
@@ -179,7 +179,7 @@ def footprint_of(plan: Plan, request: Request) -> Footprint:
     keeps = SCORE_BYTES if plan.arm.scores else 0
     own = keeps * -(-manifest.total // sizes.data_parallel)
     masks = sum(mask_bytes(int(n)) for n in manifest.sizes) if prunes(config) else 0
-    ranks, shared = min(request.gpus_per_node, request.world_size), config.mask_folder is not None
+    ranks, shared = min(request.gpus_per_node, request.world_size), config.order.mask_folder is not None
     wide = config.correction == "debiased"
     exchanged = EXCHANGED_WIDE * plan.meta_batch + SHARD_BYTES * len(manifest.components)
     return Footprint(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from es_megatron.config import PRESETS, EvolvedSamplingConfig, build, require
+from es_megatron.config import PRESET_NAMES, EvolvedSamplingConfig, build, require
 from es_megatron.core.run_sizes import Sizes
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.data.schedule import Origin
@@ -124,8 +124,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
     manifest = read_manifest(arguments, settings)
     require(arguments.gpus_per_node >= 1, "--gpus-per-node", ">= 1", arguments.gpus_per_node)
     origin = Origin()
-    if settings.evolved_sampling.initial_scores is not None:
-        origin = origin_of(Path(settings.evolved_sampling.initial_scores), manifest)
+    if settings.evolved_sampling.scores.initial is not None:
+        origin = origin_of(Path(settings.evolved_sampling.scores.initial), manifest)
     speed = Speed(
         arguments.backward_over_forward,
         arguments.forward_seconds,
@@ -152,12 +152,10 @@ def read_settings(arguments: argparse.Namespace) -> PretrainSettings:
     switches = read_switches(arguments)
     if switches.config is None and hasattr(arguments, "es"):
         raise ConfigError("`--no-es` leaves nothing to plan. Leave it out, or give `--es-arm plain`.")
-    fields = [field.name for field in dataclasses.fields(EvolvedSamplingConfig)]
-    preset = PRESETS["default"] if hasattr(arguments, f"{PREFIX}preset") else {}
-    told = {
-        name: getattr(switches.config, name) for name in fields if hasattr(arguments, PREFIX + name) or name in preset
-    }
-    config = dataclasses.replace(settings.evolved_sampling, **told)
+    if switches.config is None:
+        return settings
+    names = {*switches.given, *(PRESET_NAMES if hasattr(arguments, f"{PREFIX}preset") else ())} - {"preset"}
+    config = settings.evolved_sampling.replaced({name: switches.config.value(name) for name in sorted(names)})
     return dataclasses.replace(settings, evolved_sampling=config)
 
 

@@ -1,19 +1,21 @@
-"""Command-line flags `--es-*`, made from the fields of `EvolvedSamplingConfig` so that no list is written twice."""
+"""Command-line flags `--es-*`, made from the settings of `EvolvedSamplingConfig` so that no list is written twice."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import inspect
 import itertools
 import textwrap
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from es_megatron.config import PRESETS, EvolvedSamplingConfig, build
+from es_megatron.config import PRESET_NAMES, EvolvedSamplingConfig
+from es_megatron.config.names import FLAT_NAMES, Setting, flag_of, given_names, settings_in
+from es_megatron.config.settings import Preset
 
 PREFIX = "es_"
 STRICT_VERSIONS = "--es-strict-versions"
@@ -28,6 +30,8 @@ class Switches(NamedTuple):
     """File for the chosen ids of each iteration."""
     strict_versions: bool = False
     """Whether an upstream that was not tested is refused; it switches nothing on by itself."""
+    given: frozenset[str] = frozenset()
+    """Names of the settings that were given, such as `selection.keep_ratio`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -60,14 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="Refuse a version of the upstream that has not been tested, though all that is patched is as declared.",
     )
-    hints, told = typing.get_type_hints(EvolvedSamplingConfig), field_help(EvolvedSamplingConfig)
-    for field in dataclasses.fields(EvolvedSamplingConfig):
+    group.add_argument(
+        "--es-preset",
+        choices=typing.get_args(Preset),
+        default=argparse.SUPPRESS,
+        help="Where what is not given comes from: what paid for language models, or the paper. Default: default.",
+    )
+    for setting in settings_in(EvolvedSamplingConfig):
+        hint = typing.get_type_hints(setting.owner)[setting.field.name]
+        told = field_help(setting.owner)[setting.field.name]
+        usual = _default(setting)
         group.add_argument(
-            f"--es-{field.name.replace('_', '-')}",
+            flag_of(setting.name),
             default=argparse.SUPPRESS,
-            help=f"{told[field.name]} Default: {_default(field)}.".replace("%", "%%"),
-            **_kind(hints[field.name]),
+            help=f"{told} Default: {usual}.".replace("%", "%%"),
+            **_kind(hint),
         )
+        for flat in _old_names(setting):
+            group.add_argument(flat, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **_kind(hint))
     return parser
 
 
@@ -82,9 +96,26 @@ def read_switches(arguments: argparse.Namespace) -> Switches:
     if not given or not given.pop("es", True):
         return Switches(None, None, strict)
     audit = given.pop("es_audit", None)
-    fields = {name.removeprefix(PREFIX): value for name, value in given.items()}
-    config = build(EvolvedSamplingConfig, fields, "flags --es-*")
-    return Switches(config, None if audit is None else Path(audit), strict)
+    mapping = _mapping_of(given)
+    config = EvolvedSamplingConfig.from_mapping(mapping, "flags --es-*", flag_of)
+    return Switches(config, None if audit is None else Path(audit), strict, given_names(mapping))
+
+
+def _mapping_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings by group, as far as flags have names of today; the others by the flat names they have."""
+    paths = {flag_of(each.name)[2:].replace("-", "_"): each.path for each in settings_in(EvolvedSamplingConfig)}
+    mapping: dict[str, Any] = {}
+    for name, value in given.items():
+        path = paths.get(name, (name.removeprefix(PREFIX),))
+        inside = mapping if len(path) == 1 else mapping.setdefault(path[0], {})
+        inside[path[-1]] = value
+    return mapping
+
+
+def _old_names(setting: Setting) -> list[str]:
+    """Flags that a setting had before, where they are others."""
+    old = [flag_of(flat) for flat, path in FLAT_NAMES.items() if path == setting.path]
+    return [flag for flag in old if flag != flag_of(setting.name)]
 
 
 def field_help(cls: type) -> dict[str, str]:
@@ -101,9 +132,11 @@ def field_help(cls: type) -> dict[str, str]:
     return told
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    """A field's default in words."""
-    return "that of the preset" if field.name in PRESETS["default"] else str(field.default)
+def _default(setting: Setting) -> str:
+    """A setting's default in words."""
+    if setting.name in PRESET_NAMES:
+        return "that of the preset"
+    return "none" if isinstance(setting.field.default_factory, types.GenericAlias) else str(setting.field.default)
 
 
 def _kind(hint: Any) -> dict[str, Any]:
@@ -112,8 +145,8 @@ def _kind(hint: Any) -> dict[str, Any]:
         hint = next(each for each in typing.get_args(hint) if each is not type(None))
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
-    if typing.get_origin(hint) is tuple:
-        return {"nargs": "*", "type": typing.get_args(hint)[0]}
+    if typing.get_origin(hint) is Mapping:
+        return {"nargs": "*", "metavar": "NAME=VALUE"}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint}

@@ -22,7 +22,8 @@ from torch import Tensor
 from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
-from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.config.names import SECTION
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
@@ -40,7 +41,6 @@ LossOf = Callable[[Tensor, Tensor], Tensor]
 
 LOGGER = logging.getLogger(__name__)
 
-BLOCK = "evolved_sampling"
 ES_STATE = "es_state"
 LATEST = "latest"
 UNIVERSAL = "_universal"
@@ -78,11 +78,11 @@ def settings_of(engine: Any) -> EvolvedSamplingConfig:
         ConfigError: no such block, an unknown key, a value out of range.
     """
     found = engine._config._param_dict  # what DeepSpeed has read, from a dict or a file
-    if BLOCK not in found:
+    if SECTION not in found:
         raise ConfigError(
-            f'The DeepSpeed configuration must have a block `"{BLOCK}": {{...}}`. Add it, or pass `config`.'
+            f'The DeepSpeed configuration must have a block `"{SECTION}": {{...}}`. Add it, or pass `config`.'
         )
-    return build(EvolvedSamplingConfig, found[BLOCK], f'DeepSpeed configuration: "{BLOCK}"')
+    return EvolvedSamplingConfig.from_mapping(found[SECTION], f'DeepSpeed configuration: "{SECTION}"')
 
 
 def check_engine(engine: Any, config: EvolvedSamplingConfig) -> None:
@@ -304,11 +304,11 @@ def build_engine(
         train_samples=train_samples,
         warm_start=warm_start,
     )
-    size = config.scoring_micro_batch_size
+    size = config.scorer.micro_batch_size
     if size is not None and len(engine.own) % size:
         fitting = [s for s in range(1, len(engine.own) + 1) if len(engine.own) % s == 0]
         raise ConfigError(
-            f"`scoring_micro_batch_size` must divide a rank's {len(engine.own)} sequences, but is {size} instead. "
+            f"`scorer.micro_batch_size` must divide a rank's {len(engine.own)} sequences, but is {size} instead. "
             f"Use one of {fitting}."
         )
     return engine
@@ -317,5 +317,5 @@ def build_engine(
 def build_feed(engine: EvolvedSampling, rows: Rows, workers: int, prefetch: int) -> MetaBatchFeed:
     """Samples of this rank, read ahead."""
     return MetaBatchFeed(
-        rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=engine.config.mask_lag
+        rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=engine.config.order.mask_lag
     )

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
@@ -80,9 +81,9 @@ class EngineSampling(DeepSpeedSampling):
         super().__init__(engine, feed, deepspeed, loss_source=0)
         self.token_losses, self.loss_of, self.per_token = token_losses, loss_of, per_token
 
+    @override
     def score(self, positions: Int64) -> Float32 | None:
-        """See `Framework.score`."""
-        size = self.engine.config.scoring_micro_batch_size or self.engine.micro_batch
+        size = self.engine.config.scorer.micro_batch_size or self.engine.micro_batch
         batches = scored_part(self._micro_batches(positions, size), self.engine.scorer)
         return self.score_batches(batches, norms=self.engine.needs_norm)
 
@@ -104,8 +105,8 @@ class EngineSampling(DeepSpeedSampling):
                 found.append(losses)
         return join(found)
 
+    @override
     def train(self, work: Work) -> Trained:
-        """See `Framework.train`."""
         batches = self._micro_batches(work.positions, self.engine.micro_batch)
         with accumulating(self.deepspeed, len(batches)):
             total, found = self._forward_backward(batches, work.weights, step=True)

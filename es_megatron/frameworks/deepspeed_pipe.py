@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
@@ -72,10 +73,10 @@ class PipeSampling(DeepSpeedSampling):
         self.token_losses, self.loss_of, self.pack = token_losses, loss_of, pack
         self._norms_known = False
 
+    @override
     def score(self, positions: Int64) -> Float32 | None:
-        """See `Framework.score`."""
         config = self.engine.config
-        size = config.scoring_micro_batch_size or self.engine.micro_batch
+        size = config.scorer.micro_batch_size or self.engine.micro_batch
         packed = self._packed(positions, size, scoring=True)
         other_shape = size != self.engine.micro_batch or self.engine.scorer.shortens
         return self._score(packed, len(positions) // size, other_shape=other_shape, norms=self.engine.needs_norm)
@@ -85,8 +86,8 @@ class PipeSampling(DeepSpeedSampling):
         packed = iter([self.pack(batch) for batch in batches])
         return self._score(packed, len(batches), other_shape=len(batches[0]["tokens"]) != self.engine.micro_batch)
 
+    @override
     def train(self, work: Work) -> Trained:
-        """See `Framework.train`."""
         size = self.engine.micro_batch
         count = len(work.positions) // size
         found: list[Tensor] = []

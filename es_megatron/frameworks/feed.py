@@ -52,7 +52,7 @@ class MetaBatchFeed:
         ahead = workers * prefetch
         if ahead > mask_lag:
             raise ConfigError(
-                f"`mask_lag` must be >= {ahead} (loader workers times prefetch), but is {mask_lag} instead. "
+                f"`order.mask_lag` must be >= {ahead} (loader workers times prefetch), but is {mask_lag} instead. "
                 "Raise it, or use fewer workers."
             )
         self._rows, self._sampler, self._own = rows, sampler, own

@@ -162,7 +162,7 @@ class ScheduleCall:
 
     def score(self, positions: Int64) -> Float32 | None:
         """Forward-only pass in evaluation mode; see `Framework.score`."""
-        size = self._sampling.engine.config.scoring_micro_batch_size or self._call["micro_batch_size"]
+        size = self._sampling.engine.config.scorer.micro_batch_size or self._call["micro_batch_size"]
         forward_step, mask_of = self._call["forward_step_func"], self._sampling.loss_mask_of
         watch = OutputWatch(self._chunks) if self._sampling.engine.needs_norm else None
 
@@ -336,7 +336,7 @@ def attach(  # noqa: PLR0913 - one call says all
     feed = None
     if rows is not None and reads_data(model_config):
         feed = MetaBatchFeed(
-            rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=config.mask_lag
+            rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=config.order.mask_lag
         )
     sampling = MegatronCoreSampling(engine, feed, source, loss_mask_of)
     if optimizer is not None:
@@ -350,13 +350,13 @@ def check_scoring_size(config: EvolvedSamplingConfig, own: int, pipeline: int, v
     Raises:
         ConfigError: names the sizes that would do.
     """
-    size = config.scoring_micro_batch_size
+    size = config.scorer.micro_batch_size
     if size is None:
         return
     multiple = pipeline if virtual > 1 else 1
     if own % size or (own // size) % multiple:
         fitting = [s for s in range(1, own + 1) if own % s == 0 and (own // s) % multiple == 0]
         raise ConfigError(
-            f"`scoring_micro_batch_size` must cut a rank's {own} sequences into a multiple of {multiple} "
+            f"`scorer.micro_batch_size` must cut a rank's {own} sequences into a multiple of {multiple} "
             f"micro-batches, but is {size} instead. Use one of {fitting}."
         )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from es_megatron.algorithm.policies import POLICIES
 from es_megatron.checkpoint.sealed import parse_json
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
@@ -34,6 +35,7 @@ from es_megatron.frameworks.megatron_lm_data import (
 from es_megatron.frameworks.megatron_lm_settings import StartingPoint, check_pruner, refuse_arguments
 from es_megatron.refusals.megatron_deepspeed import MEGATRON_DEEPSPEED
 from es_megatron.refusals.megatron_lm import MEGATRON_LM
+from es_megatron.scoring import scorer_of
 
 
 def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
@@ -43,10 +45,11 @@ def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
         ConfigError: names the flag, why, and the cure.
     """
     refuse_arguments(args, (*MEGATRON_LM, *MEGATRON_DEEPSPEED), config)
-    check_pruner(args)
-    if getattr(args, "es_scorer", None) == "prefix" or getattr(args, "es_policy", None) == "grad-norm":
+    check_pruner(config)
+    if scorer_of(config).shortens or POLICIES.make(config.selection.policy, config.policy_options).needs_norm:
         raise ConfigError(
-            "`--es-scorer prefix` and `--es-policy grad-norm` have not been tried on Megatron-DeepSpeed. Use others."
+            "`--es-scorer prefix` and `--es-selection-policy grad-norm` have not been tried on Megatron-DeepSpeed. "
+            "Use others."
         )
     if not args.deepspeed:
         raise ConfigError(

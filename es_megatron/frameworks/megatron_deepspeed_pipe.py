@@ -22,7 +22,7 @@ class MegatronPipe(PipeSampling):
     """Passes micro-batches to `get_batch_pipe` of the script, on the ranks that read data."""
 
     def train(self, work: Work) -> Trained:
-        """See `Framework.train`; Megatron's learning-rate schedule counts the meta-batch, as without a choice."""
+        """Train the chosen; Megatron's learning-rate schedule counts the meta-batch, as without a choice."""
         scheduler, whole = self.deepspeed.lr_scheduler, self.engine.meta_batch
         own = scheduler.step
 

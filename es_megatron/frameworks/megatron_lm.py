@@ -193,7 +193,7 @@ def take_training_data(dataset: Any) -> Any:
             engine.sampler,
             engine.own,
             workers=run.args.num_workers,
-            mask_lag=engine.config.mask_lag,
+            mask_lag=engine.config.order.mask_lag,
         )
     return UnreadLoader()
 
@@ -338,7 +338,7 @@ def _print_plan(run: Run, changes: list[str]) -> None:
     own = len(engine.own)
     layout = Layout(
         micro_batches=own // args.micro_batch_size,
-        scoring_micro_batches=own // (engine.config.scoring_micro_batch_size or args.micro_batch_size),
+        scoring_micro_batches=own // (engine.config.scorer.micro_batch_size or args.micro_batch_size),
         pipeline=args.pipeline_model_parallel_size,
         virtual=args.virtual_pipeline_model_parallel_size or 1,
     )

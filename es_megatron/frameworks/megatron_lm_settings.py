@@ -36,7 +36,7 @@ def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
         ConfigError: names the flag, why, and the cure.
     """
     refuse_arguments(args, MEGATRON_LM, config)
-    check_pruner(args)
+    check_pruner(config)
     if args.dataloader_type not in ("single", "cyclic"):
         raise ConfigError(
             f"`--dataloader-type` must be single or cyclic with Evolved Sampling, but is "
@@ -44,17 +44,17 @@ def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
         )
 
 
-def check_pruner(args: Namespace) -> None:
+def check_pruner(config: EvolvedSamplingConfig) -> None:
     """Refuse a pruner that changes the learning rate: upstream's schedule sets it.
 
     Raises:
         ConfigError: names the flag and the cure.
     """
-    pruner = getattr(args, "es_pruner", "eswp")
-    if PRUNERS.make(pruner, getattr(args, "es_pruner_options", ())).corrects_rate:
+    pruner = config.pruning.pruner
+    if PRUNERS.make(pruner, config.pruning.options).corrects_rate:
         raise ConfigError(
-            f"`--es-pruner` must be one that leaves the learning rate alone, but is {pruner} instead: Megatron's own "
-            "schedule sets it. Use another one, or `es-megatron pretrain`."
+            f"`--es-pruning-pruner` must be one that leaves the learning rate alone, but is {pruner} instead: "
+            "Megatron's own schedule sets it. Use another one, or `es-megatron pretrain`."
         )
 
 

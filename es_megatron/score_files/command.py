@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("output", type=Path, help="Parquet file to make")
     export.add_argument("--blend", type=Path, help="blend file of the run, to tell the documents that rows span")
     export.set_defaults(act=_export)
-    imports = actions.add_parser("import", help="make scores to begin a run with (`initial_scores`) of a Parquet table")
+    imports = actions.add_parser("import", help="make scores to begin a run with (`scores.initial`) of a Parquet table")
     imports.add_argument(
         "table", type=Path, help="Parquet file with columns component, row, score and, if known, visits"
     )
@@ -104,7 +104,7 @@ def _import(arguments: argparse.Namespace) -> int:
         print(
             f"{component.name}: {count} of {component.samples} samples have a score ({count / component.samples:.2%})"
         )
-    print(f"Begin a run with `evolved_sampling.initial_scores={arguments.output}` (`--es-initial-scores` elsewhere).")
+    print(f"Begin a run with `evolved_sampling.scores.initial={arguments.output}` (`--es-scores-initial` elsewhere).")
     return 0
 
 

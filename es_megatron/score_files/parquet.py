@@ -104,7 +104,7 @@ def import_scores(source: Path, manifest: Manifest, target: Path) -> dict[str, i
     Args:
         source: the table; its rows may stand in any order, and need not be all there.
         manifest: the blend the scores are for.
-        target: folder to make, for the setting `initial_scores`.
+        target: folder to make, for the setting `scores.initial`.
 
     Returns:
         Samples with a score, by component.

@@ -67,8 +67,8 @@ class ScoreStore:
         """
         self.manifest, self.config, self.grid = manifest, config, grid
         self.low, self.high = owned_range(manifest.total, grid.dp_rank, grid.dp_size)
-        self.score: Float32 = allocate(self.high - self.low, np.float32, config.score_folder)
-        self.visits: UInt8 = allocate(self.high - self.low, np.uint8, config.score_folder)
+        self.score: Float32 = allocate(self.high - self.low, np.float32, config.scores.folder)
+        self.visits: UInt8 = allocate(self.high - self.low, np.uint8, config.scores.folder)
         self.start = 1.0 / manifest.total
         self.sums = ComponentSums(len(manifest.components), self.start)
         self._staged: Staged | None = None
@@ -139,7 +139,7 @@ class ScoreStore:
             float32[N], 0 where the loss is not finite.
         """
         old = np.where(found.visits == 0, np.float32(self.start), found.score)
-        evolved = evolve(loss, old, found.used, self.config.beta1, self.config.decay)
+        evolved = evolve(loss, old, found.used, self.config.scores.beta1, self.config.decay)
         own = np.flatnonzero(np.isfinite(loss) & (ids >= self.low) & (ids < self.high))
         unique, first = np.unique(ids[own], return_index=True)
         self._staged = Staged(iteration, unique, evolved.score_B[own[first]])
@@ -185,7 +185,7 @@ class ScoreStore:
                 f"The scores must cover {len(self.score)} samples of rank {self.grid.dp_rank}, but cover "
                 f"{len(score)} instead. Load them for this run's data and data-parallel size."
             )
-        if self.config.score_folder is None:
+        if self.config.scores.folder is None:
             self.score = np.require(score, np.float32, ["C", "W"])
             self.visits = np.require(visits, np.uint8, ["C", "W"])
         else:
@@ -226,6 +226,6 @@ def allocate(count: int, dtype: type[T], folder: str | None) -> npt.NDArray[T]:
             return np.memmap(file, dtype, "r+", shape=(count,))
     except OSError as error:
         raise ConfigError(
-            f"`score_folder` must be a folder with room for {count * np.dtype(dtype).itemsize} bytes of each rank, but "
-            f"`{folder}` is not: {error.strerror}. Choose another one, or leave it out to keep scores in memory."
+            f"`scores.folder` must be a folder with room for {count * np.dtype(dtype).itemsize} bytes of each rank, "
+            f"but `{folder}` is not: {error.strerror}. Choose another one, or leave it out to keep scores in memory."
         ) from error

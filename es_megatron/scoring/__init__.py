@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from es_megatron.scoring.arms import ARMS, Arm, arm_of, published
+from es_megatron.scoring.arms import ARMS, PLAIN, Arm, arm_of, published
 from es_megatron.scoring.scorers import SCORERS, Scorer, scorer_of
 
-__all__ = ["ARMS", "SCORERS", "Arm", "Scorer", "arm_of", "published", "scorer_of"]
+__all__ = ["ARMS", "PLAIN", "SCORERS", "Arm", "Scorer", "arm_of", "published", "scorer_of"]

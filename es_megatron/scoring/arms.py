@@ -29,9 +29,12 @@ class Arm:
     """The pruner, whatever the settings say; None: theirs."""
 
 
+PLAIN = "plain"
+"""The arm that trains on everything, which the others are held against."""
+
 ARMS: Mapping[str, Arm] = {
     "es": Arm(selects=True, scores=True, prunes=True),
-    "plain": Arm(selects=False, scores=False, prunes=False, budgeted=False),
+    PLAIN: Arm(selects=False, scores=False, prunes=False, budgeted=False),
     "uniform": Arm(selects=True, scores=False, prunes=False),
     "uniform-prune": Arm(selects=True, scores=False, prunes=True, pruner="random"),
     "shortened": Arm(selects=False, scores=False, prunes=False, shortened=True),
@@ -46,9 +49,9 @@ def arm_of(config: EvolvedSamplingConfig) -> Arm:
 
 def published(config: EvolvedSamplingConfig) -> EvolvedSamplingConfig:
     """The same settings as Algorithm 1 has them: Evolved Sampling with a fresh pass over every meta-batch."""
-    return dataclasses.replace(config, arm="es", scorer="fresh")
+    return dataclasses.replace(config, arm="es", scorer=dataclasses.replace(config.scorer, kind="fresh"))
 
 
 def prunes(config: EvolvedSamplingConfig) -> bool:
     """Whether a run leaves samples out of its epochs."""
-    return arm_of(config).prunes and config.pruning_ratio > 0
+    return arm_of(config).prunes and config.pruning.ratio > 0

@@ -111,12 +111,12 @@ class NoScorer(HistoryScorer):
 SCORERS: Mapping[str, Callable[[EvolvedSamplingConfig], Scorer]] = {
     "fresh": lambda config: FreshScorer(),
     "history": lambda config: HistoryScorer(),
-    "every-k": lambda config: PeriodicScorer(config.score_every),
-    "prefix": lambda config: PrefixScorer(config.prefix_share),
+    "every-k": lambda config: PeriodicScorer(config.scorer.every),
+    "prefix": lambda config: PrefixScorer(config.scorer.prefix_share),
     "external": lambda config: ExternalScorer(),
 }
 
 
 def scorer_of(config: EvolvedSamplingConfig) -> Scorer:
     """The scorer that the settings name, or none where the arm keeps no scores."""
-    return SCORERS[config.scorer](config) if arm_of(config).scores else NoScorer()
+    return SCORERS[config.scorer.kind](config) if arm_of(config).scores else NoScorer()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import subprocess
@@ -14,11 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from typing_extensions import override
 
 from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
-from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.config.names import SECTION
 from es_megatron.core.plan import Layout
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError
@@ -27,7 +28,7 @@ from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer import model
-from es_megatron.trainer.backend import Iteration
+from es_megatron.trainer.backend import Backend, Iteration
 from es_megatron.trainer.model_state import random_state, restore_random_state
 from es_megatron.trainer.optimizer import build_scheduler, learning_rate
 from es_megatron.trainer.passes import Float32, MicroBatches, calibrate, evaluate
@@ -71,7 +72,7 @@ class TensorParallelUnit:
 
 
 class DeepSpeedPasses:
-    """See `BarePasses`."""
+    """Passes through an attached DeepSpeed engine, as calibration and evaluation need them."""
 
     def __init__(self, settings: PretrainSettings, sampling: Any) -> None:
         """Take the attached engine."""
@@ -80,16 +81,16 @@ class DeepSpeedPasses:
         self.loss_source: int = sampling.loss_source
 
     def score(self, micro_batches: MicroBatches) -> Float32 | None:
-        """See `BarePasses.score`."""
+        """Mean token loss of each sequence, forward only; None on ranks without losses."""
         return self.sampling.score_batches(micro_batches)
 
     def train(self, micro_batches: MicroBatches) -> None:
-        """See `BarePasses.train`."""
+        """Forward and backward, leaving no trace but gradients."""
         self.sampling.train_batches(micro_batches)
 
 
-class DeepSpeedBackend:
-    """See `Backend`."""
+class DeepSpeedBackend(Backend):
+    """A model in a DeepSpeed engine, or in its pipeline engine, with Evolved Sampling attached."""
 
     def __init__(
         self,
@@ -107,8 +108,8 @@ class DeepSpeedBackend:
         self.scheduler: Any = build_scheduler(settings, self.deepspeed.optimizer, self.engine.plan.schedule.iterations)
         self.passes = DeepSpeedPasses(settings, self.sampling)
 
+    @override
     def iterate(self) -> Iteration:
-        """See `Backend.iterate`."""
         rate = learning_rate(self.deepspeed.optimizer)
         loss = self.sampling.step()
         succeeded = bool(self.deepspeed.was_step_applied())
@@ -121,16 +122,16 @@ class DeepSpeedBackend:
         known = float("nan") if norm is None else float(norm)
         return Iteration(loss * count, count, succeeded, known, rate, 0.0)
 
+    @override
     def evaluate(self, domains: Mapping[str, Rows]) -> dict[str, float]:
-        """See `Backend.evaluate`."""
         return evaluate(self.passes, domains)
 
+    @override
     def calibrate(self) -> Layout:
-        """See `Backend.calibrate`."""
         return calibrate(self.passes, lambda: None)
 
+    @override
     def save(self, directory: Path) -> None:
-        """See `Backend.save`."""
         state = {"scheduler": self.scheduler.state_dict(), "iteration": self.engine.iteration}
         self.deepspeed.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
         grid = self.engine.grid
@@ -139,8 +140,9 @@ class DeepSpeedBackend:
             if grid.world_rank == 0:
                 disk.write_file(directory / LAYOUT, [json.dumps(layout_of(self.settings, grid)).encode()])
 
+    @override
     def load(self, directory: Path) -> None:
-        """See `Backend.load`.
+        """Take a checkpoint back; under another data-parallel size through DeepSpeed's universal form.
 
         Raises:
             CheckpointError: damaged, of another model or ZeRO stage, or of a layout that DeepSpeed cannot leave.
@@ -273,7 +275,7 @@ def engine_settings(settings: PretrainSettings) -> dict[str, Any]:
         "gradient_clipping": training.clip_grad,
         "zero_optimization": {"stage": settings.deepspeed.zero_stage},
         "bf16": {"enabled": training.precision == "bf16"},
-        deepspeed_common.BLOCK: dataclasses.asdict(settings.evolved_sampling),
+        SECTION: settings.evolved_sampling.to_mapping(),
     }
     if settings.parallel.pipeline > 1:
         own["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
@@ -285,20 +287,15 @@ def engine_settings(settings: PretrainSettings) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise ConfigError(f"`deepspeed.config` must be a JSON file, but `{path}` is not: {error}.") from error
     given.pop("gradient_accumulation_steps", None)  # follows from the batch sizes
-    block = given.pop(deepspeed_common.BLOCK, None)
+    block = given.pop(SECTION, None)
     if block is not None:
-        said = build(EvolvedSamplingConfig, block, f'{path}: "{deepspeed_common.BLOCK}"')
-        if filled_in(said) != filled_in(settings.evolved_sampling):
+        said = EvolvedSamplingConfig.from_mapping(block, f'{path}: "{SECTION}"')
+        if said.filled_in() != settings.evolved_sampling.filled_in():
             raise ConfigError(
-                f'`"{deepspeed_common.BLOCK}"` in `{path}` must agree with the section of that name in the run\'s '
+                f'`"{SECTION}"` in `{path}` must agree with the section of that name in the run\'s '
                 "settings, but does not. Leave it out there, or make them say the same."
             )
     return merge(given, own, str(path))
-
-
-def filled_in(config: EvolvedSamplingConfig) -> EvolvedSamplingConfig:
-    """Settings with their defaults that depend on others filled in."""
-    return dataclasses.replace(config, beta2=config.decay, score_correction=config.correction)
 
 
 def merge(given: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:

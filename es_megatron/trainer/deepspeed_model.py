@@ -18,6 +18,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from typing_extensions import override
 
 from es_megatron.trainer.initial_weights import leave_uninitialized, set_initial_weight, set_initial_weights
 from es_megatron.trainer.model import build_chunk, layer_spec, padded_vocab_size, transformer_config
@@ -111,8 +112,8 @@ class Embedding(KeyedModule):
             hidden = hidden + self.position_embeddings(positions_BT)
         return F.dropout(hidden.transpose(0, 1).contiguous(), p=self.dropout, training=self.training)
 
+    @override
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `KeyedModule`."""
         yield WORDS, self.word_embeddings.weight
         if self.position_embeddings is not None:
             yield "embedding.position_embeddings.weight", self.position_embeddings.weight
@@ -136,8 +137,8 @@ class Decoder(KeyedModule):
         output: Any = self.layer(hidden_states=hidden_TBH, attention_mask=None, rotary_pos_emb=rotary)
         return output[0]
 
+    @override
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `KeyedModule`."""
         for name, weight in self.layer.named_parameters():
             yield f"decoder.layers.{self.number}.{name}", weight
 
@@ -154,8 +155,8 @@ class FinalNorm(KeyedModule):
         """Normalised hidden states [T, B, H]."""
         return self.norm(hidden_TBH)  # pyright: ignore[reportCallIssue]
 
+    @override
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `KeyedModule`."""
         for name, weight in self.norm.named_parameters():  # pyright: ignore[reportAttributeAccessIssue]
             yield f"decoder.final_layernorm.{name}", weight
 
@@ -174,8 +175,8 @@ class Output(KeyedModule):
         """This rank's share of the logits, [T, B, V]."""
         return self.linear(hidden_TBH)[0]
 
+    @override
     def keyed_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `KeyedModule`."""
         weight: Any = self.linear.weight
         yield "output_layer.weight", weight
 

@@ -164,9 +164,9 @@ class Trainer:
         return {
             "finished": finished,
             "arm": plan.config.arm,
-            "scorer": plan.config.scorer if plan.arm.scores else None,
-            "policy": plan.config.policy if plan.arm.scores else None,
-            "pruner": plan.config.pruner if prunes(plan.config) else None,
+            "scorer": plan.config.scorer.kind if plan.arm.scores else None,
+            "policy": plan.config.selection.policy if plan.arm.scores else None,
+            "pruner": plan.config.pruning.pruner if prunes(plan.config) else None,
             "scored_share": plan.scored_share,
             "scoring_price": price,
             "layout": dataclasses.asdict(self.layout),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from typing_extensions import override
 
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.core.plan import Layout
@@ -15,7 +16,7 @@ from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_core import attach
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.frameworks.rate import scaled_rate
-from es_megatron.trainer.backend import Iteration
+from es_megatron.trainer.backend import Backend, Iteration
 from es_megatron.trainer.model import build_model, forward_step, settled_weights, transformer_config
 from es_megatron.trainer.model_state import load_model, save_model
 from es_megatron.trainer.optimizer import build_optimizer, build_scheduler, learning_rate, step, zero_gradients
@@ -23,8 +24,8 @@ from es_megatron.trainer.passes import SchedulePasses, calibrate, evaluate, repo
 from es_megatron.trainer.settings import PretrainSettings
 
 
-class MegatronBackend:
-    """See `Backend`."""
+class MegatronBackend(Backend):
+    """A model in Megatron-Core's own schedules, with Evolved Sampling attached."""
 
     def __init__(
         self,
@@ -56,8 +57,8 @@ class MegatronBackend:
         self.passes = SchedulePasses(settings, self.chunks, schedule, self.engine.grid, self.loss_source)
         self.forward_backward = self.sampling.wrap(schedule)
 
+    @override
     def iterate(self) -> Iteration:
-        """See `Backend.iterate`."""
         training = self.settings.training
         self._zero()
         results: Any = self.forward_backward(
@@ -78,22 +79,22 @@ class MegatronBackend:
         updating = time.perf_counter() - began
         return Iteration(*reported_loss(results), succeeded, norm, rate, updating)
 
+    @override
     def evaluate(self, domains: Mapping[str, Rows]) -> dict[str, float]:
-        """See `Backend.evaluate`."""
         with settled_weights(self.chunks):
             return evaluate(self.passes, domains)
 
+    @override
     def calibrate(self) -> Layout:
-        """See `Backend.calibrate`."""
         return calibrate(self.passes, self._zero)
 
+    @override
     def save(self, directory: Path) -> None:
-        """See `Backend.save`."""
         with settled_weights(self.chunks):
             save_model(directory, self.chunks, self.optimizer, self.scheduler, self.engine.iteration)
 
+    @override
     def load(self, directory: Path) -> None:
-        """See `Backend.load`."""
         load_model(directory, self.chunks, self.optimizer, self.scheduler)
 
     def _zero(self) -> None:

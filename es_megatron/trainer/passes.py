@@ -81,7 +81,7 @@ class SchedulePasses(NamedTuple):
         )
 
     def score(self, micro_batches: MicroBatches) -> Float32 | None:
-        """See `BarePasses.score`."""
+        """Mean token loss of each sequence by a forward-only schedule; None on ranks without losses."""
 
         def scoring_step(*args: Any, **kwargs: Any) -> Any:
             output, loss_func = forward_step(*args, **kwargs)
@@ -94,7 +94,7 @@ class SchedulePasses(NamedTuple):
         return join(found)
 
     def train(self, micro_batches: MicroBatches) -> None:
-        """See `BarePasses.train`."""
+        """Forward and backward by the schedule that training uses, leaving no trace but gradients."""
         with traceless(list(self.chunks)):
             for chunk in self.chunks:
                 chunk.train()
@@ -147,7 +147,7 @@ def calibrate(passes: BarePasses, zero: Callable[[], None]) -> Layout:
     dp_size = passes.grid.dp_size
     own = settings.training.global_batch_size // dp_size
     train_size = settings.training.micro_batch_size
-    score_size = settings.evolved_sampling.scoring_micro_batch_size or train_size
+    score_size = settings.evolved_sampling.scorer.micro_batch_size or train_size
     layout = Layout(own // train_size, own // score_size, parallel.pipeline, parallel.chunks)
     few = 4 * parallel.pipeline
     train_count, score_count = min(few, layout.micro_batches), min(few, layout.scoring_micro_batches)

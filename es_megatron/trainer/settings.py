@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import yaml
 
 from es_megatron.config import EvolvedSamplingConfig, build, require, require_choice
+from es_megatron.config.names import grouped, override_path
 from es_megatron.errors import ConfigError, LayoutError
 from es_megatron.trainer.deepspeed_settings import DeepSpeedSettings, check_deepspeed
 from es_megatron.trainer.model_settings import ModelSettings, ParallelSettings, require_positive
@@ -198,7 +199,7 @@ class PretrainSettings:
         pieces = parallel.pipeline * parallel.chunks
         rule = f"a multiple of pipeline size x chunks per rank = {pieces}"
         require(model.num_layers % pieces == 0, "num_layers", rule, model.num_layers)
-        lag, prefetch = self.evolved_sampling.mask_lag, self.data.prefetch
+        lag, prefetch = self.evolved_sampling.order.mask_lag, self.data.prefetch
         require(prefetch <= lag, "prefetch", f"at most `mask_lag` = {lag}", prefetch)
         if self.backend == "deepspeed":
             training = self.training
@@ -224,28 +225,29 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSe
         raise ConfigError(f"Settings `{path}` must be YAML, but are not: {error}") from error
     if not isinstance(mapping, dict):
         raise ConfigError(f"Settings `{path}` must be a mapping of sections, but are {mapping!r} instead.")
+    sections = grouped(cast(dict[str, Any], mapping), str(path))
     for override in overrides:
-        apply_override(cast(dict[str, Any], mapping), override)
-    where = f"{path} and the command line" if overrides else str(path)
-    return build(PretrainSettings, cast(dict[str, Any], mapping), where)
+        apply_override(sections, override)
+    return build(PretrainSettings, sections, f"{path} and the command line" if overrides else str(path))
 
 
 def apply_override(mapping: dict[str, Any], override: str) -> None:
     """Set one `section.key=value` in a nested mapping, in place; `ConfigError` if it cannot be."""
     key, separator, text = override.partition("=")
-    parts = key.split(".")
-    if not separator or not all(parts):
+    if not separator or not all(key.split(".")):
         raise ConfigError(f"`{override}` must be of the form section.key=value. For example: training.lr=0.001")
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value of `{override}` must be YAML, but is not: {error}") from error
+    parts = override_path(key, value, "command line")
     for depth, part in enumerate(parts[:-1], 1):
         if mapping.get(part) is None:
             mapping[part] = {}
         if not isinstance(mapping[part], dict):
             raise ConfigError(f"`{override}` sets something inside `{'.'.join(parts[:depth])}`, which is no section.")
         mapping = mapping[part]
-    try:
-        mapping[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The value of `{override}` must be YAML, but is not: {error}") from error
+    mapping[parts[-1]] = value
 
 
 def check_layout(settings: PretrainSettings, world_size: int) -> None:

@@ -168,8 +168,8 @@ def test_scores_of_another_run_let_epoch_zero_prune(tmp_path: Path) -> None:
     proxy = settings_of(blend, tmp_path / "proxy", "training.train_samples=400", "run.save_interval=10")
     run_on_ranks(1, run, proxy, timeout=200)
     cold, warm = tmp_path / "cold", tmp_path / "warm"
-    given = f"evolved_sampling.initial_scores={tmp_path / 'proxy'}"
-    options = ("training.train_samples=240", "evolved_sampling.anneal=0")
+    given = f"evolved_sampling.scores.initial={tmp_path / 'proxy'}"
+    options = ("training.train_samples=240", "evolved_sampling.selection.anneal=0")
     histories = [
         run_on_ranks(2, run, settings_of(blend, directory, *options, *more), timeout=200)[0][0]
         for directory, more in ((cold, ()), (warm, (given,)))

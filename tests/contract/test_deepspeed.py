@@ -82,12 +82,12 @@ def test_pipeline_stages_of_the_other_kind_of_gpt_equal_the_megatron_backend(zer
 
 
 VARIANTS = [
-    ("evolved_sampling.scorer=history", "evolved_sampling.score_correction=debiased"),
-    ("evolved_sampling.scorer=every-k", "evolved_sampling.inclusion_weights=true"),
-    ("evolved_sampling.granularity=microbatch", "evolved_sampling.scoring_micro_batch_size=1"),
+    ("evolved_sampling.scorer=history", "evolved_sampling.scores.correction=debiased"),
+    ("evolved_sampling.scorer=every-k", "evolved_sampling.selection.inclusion_weights=true"),
+    ("evolved_sampling.selection.granularity=microbatch", "evolved_sampling.scorer.micro_batch_size=1"),
     ("evolved_sampling.arm=uniform-prune",),
     ("evolved_sampling.arm=plain",),
-    ("evolved_sampling.policy=grad-norm",),
+    ("evolved_sampling.selection.policy=grad-norm",),
 ]
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from es_megatron.checkpoint import disk
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.deepspeed_common import check_engine, mean_loss, prepare
 from es_megatron.frameworks.deepspeed_engine import attach, logits_token_losses
+from tests.es_config import es_config
 from tests.ranks_helper import run_on_ranks
 
 deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: install es_megatron[deepspeed]")
@@ -256,9 +256,9 @@ def test_a_checkpoint_without_es_state_is_refused_unless_asked_for(tmp_path):
     ("settings", "message"),
     [
         (json_of(evolved=None), r'must have a block `"evolved_sampling"'),
-        (json_of(evolved={"keep_ration": 0.5}), "Unknown key `keep_ration`.*Did you mean `keep_ratio`"),
-        (json_of(evolved={"keep_ratio": 2.0}), r"`keep_ratio` must be in \(0, 1\]"),
-        (json_of(evolved={"keep_ratio": 0.2}), "`keep_ratio` times the meta-batch must be a multiple of 2"),
+        (json_of(evolved={"keep_ration": 0.5}), "Unknown key `keep_ration`.*Did you mean `selection.keep_ratio`"),
+        (json_of(evolved={"keep_ratio": 2.0}), r"`selection.keep_ratio` must be in \(0, 1\]"),
+        (json_of(evolved={"keep_ratio": 0.2}), "`selection.keep_ratio` times the meta-batch must be a multiple of 2"),
         (json_of(evolved={**EVOLVED, "scoring_micro_batch_size": 5}), r"must divide a rank's 16.*\[1, 2, 4, 8, 16\]"),
         (json_of(0, bf16={"enabled": True}), r"must be 1 or more with bf16 and Adam"),
     ],
@@ -306,12 +306,12 @@ def test_features_that_a_scoring_pass_would_get_wrong_are_refused(feature, name)
         "sequence_parallel_size": 1,
         "_config": SimpleNamespace(_param_dict={"autotuning": None, "hybrid_engine": {"enabled": False}}),
     }
-    check_engine(SimpleNamespace(**usual), EvolvedSamplingConfig(preset="paper"))
+    check_engine(SimpleNamespace(**usual), es_config(preset="paper"))
     engine = SimpleNamespace(**{**usual, **feature})
     if name != "sequence_parallel_size":
-        check_engine(engine, EvolvedSamplingConfig(preset="paper", arm="plain"))
+        check_engine(engine, es_config(preset="paper", arm="plain"))
     with pytest.raises(ConfigError, match=f"`{name}` must be (off|1) (with|where) .* [Ss]witch it off"):
-        check_engine(engine, EvolvedSamplingConfig(preset="paper"))
+        check_engine(engine, es_config(preset="paper"))
 
 
 def test_settings_may_be_a_json_file_or_passed(tmp_path):
@@ -320,7 +320,7 @@ def test_settings_may_be_a_json_file_or_passed(tmp_path):
 
     def body():
         from_file = attached(str(path)).engine.config
-        given = attached(json_of(1, evolved=None), config=EvolvedSamplingConfig(**EVOLVED)).engine.config
+        given = attached(json_of(1, evolved=None), config=es_config(**EVOLVED)).engine.config
         return from_file == given
 
     assert run_on_ranks(1, body, timeout=SECONDS) == [True]

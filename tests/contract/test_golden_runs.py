@@ -27,12 +27,12 @@ SECONDS = 200
 VARIANTS: dict[str, tuple[str, ...]] = {
     **{arm: (f"arm={arm}",) for arm in ("es", "plain", "uniform", "uniform-prune", "shortened", "shuffled")},
     "history": ("scorer=history",),
-    "default": ("preset=default", "keep_ratio=0.25"),
-    "every-k": ("scorer=every-k", "score_every=3"),
-    "microbatch": ("granularity=microbatch",),
-    "inclusion": ("inclusion_weights=true",),
-    "debiased": ("score_correction=debiased", "weight_floor=0.5"),
-    "no-annealing": ("anneal=0", "pruning_ratio=0", "beta1=0.5", "beta2=0.7"),
+    "default": ("preset=default", "selection.keep_ratio=0.25"),
+    "every-k": ("scorer=every-k", "scorer.every=3"),
+    "microbatch": ("selection.granularity=microbatch",),
+    "inclusion": ("selection.inclusion_weights=true",),
+    "debiased": ("scores.correction=debiased", "selection.weight_floor=0.5"),
+    "no-annealing": ("selection.anneal=0", "pruning.ratio=0", "scores.beta1=0.5", "scores.beta2=0.7"),
     **{name: test_policies.VARIANTS[name] for name in ("parts", "prefix", "guard", "budget")},
     **{name: changes for name, changes in test_policies.VARIANTS.items() if name.startswith(("policy-", "pruner-"))},
 }

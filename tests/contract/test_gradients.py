@@ -123,11 +123,11 @@ def test_gradients_normalised_by_tokens_are_those_of_the_chosen_sequences(name: 
     "changes",
     [
         ("scorer=history",),
-        ("scorer=every-k", "score_every=2"),
-        ("granularity=microbatch",),
+        ("scorer=every-k", "scorer.every=2"),
+        ("selection.granularity=microbatch",),
         ("arm=uniform",),
         ("arm=shuffled",),
-        ("scoring_micro_batch_size=8",),
+        ("scorer.micro_batch_size=8",),
     ],
     ids="-".join,
 )
@@ -140,7 +140,7 @@ def weigh(ranks: int) -> tuple[list[dict[int, float]], list[bool]]:
     """Weights of the rows of this rank by iteration and id, and whether gradients are those of a plain loop."""
     from es_megatron.frameworks import megatron_core
 
-    settings, rows = settings_for("evolved_sampling.inclusion_weights=true"), RandomRows(RAGGED)
+    settings, rows = settings_for("evolved_sampling.selection.inclusion_weights=true"), RandomRows(RAGGED)
     initialize(settings)
     before = random_state()
     given: list[list[float] | None] = []

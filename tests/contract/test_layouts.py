@@ -104,7 +104,7 @@ def test_the_reference_says_something(run: Run) -> None:
 @pytest.mark.timeout(SECONDS + 60)
 def test_losses_decide(run: Run) -> None:
     """The same meta-batches and the same uniforms, but another choice."""
-    whole = "evolved_sampling.pruning_ratio=0"
+    whole = "evolved_sampling.pruning.ratio=0"
     es, uniform = run(ONE, SHORT, whole)[0], run(ONE, SHORT, whole, "evolved_sampling.arm=uniform")[0]
     pairs = list(zip(es.chosen[2:28], uniform.chosen[2:28], strict=True))
     assert es.chosen[:2] == uniform.chosen[:2]
@@ -125,22 +125,22 @@ def test_layouts_choose_alike_across_pruned_epochs(layout: Layout, run: Run) -> 
 @pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.parametrize("size", [None, 1, 2, 8])
 def test_the_size_of_scoring_micro_batches_changes_nothing(size: int | None, run: Run) -> None:
-    override = f"evolved_sampling.scoring_micro_batch_size={'null' if size is None else size}"
+    override = f"evolved_sampling.scorer.micro_batch_size={'null' if size is None else size}"
     check_same(run(PP2, SHORT, override), run(ONE, SHORT)[0])
 
 
 VARIANTS = {
     "uniform": (DP2, ("arm=uniform",)),
-    "uniform-prune": (DP2, ("arm=uniform-prune", "budget=0.6")),
+    "uniform-prune": (DP2, ("arm=uniform-prune", "selection.budget=0.6")),
     "plain": (DP2, ("arm=plain",)),
     "shortened": (PP2, ("arm=shortened",)),
     "shuffled": (DP2, ("arm=shuffled",)),
     "history-pp": (PP2, ("scorer=history",)),
     "history-dp": (DP2, ("scorer=history",)),
-    "every-k": (DP2, ("scorer=every-k", "score_every=3")),
-    "microbatch": (DP2, ("granularity=microbatch",)),
-    "debiased-floor": (DP2, ("score_correction=debiased", "weight_floor=0.5")),
-    "inclusion": (PP2, ("inclusion_weights=true",)),
+    "every-k": (DP2, ("scorer=every-k", "scorer.every=3")),
+    "microbatch": (DP2, ("selection.granularity=microbatch",)),
+    "debiased-floor": (DP2, ("scores.correction=debiased", "selection.weight_floor=0.5")),
+    "inclusion": (PP2, ("selection.inclusion_weights=true",)),
 }
 FAST = ("shuffled", "history-pp", "every-k", "microbatch")
 
@@ -171,12 +171,12 @@ def test_arms_differ_where_they_should(run: Run) -> None:
     """The same code path, but not the same choice: an arm that silently did nothing would pass the test above."""
 
     def chosen(*changes: str) -> list[list[int]]:
-        extra = ("training.micro_batch_size=2",) if "granularity=microbatch" in changes else ()
+        extra = ("training.micro_batch_size=2",) if "selection.granularity=microbatch" in changes else ()
         return run(ONE, SHORT, *(f"evolved_sampling.{change}" for change in changes), *extra)[0].chosen
 
-    es, every = chosen(), chosen("scorer=every-k", "score_every=3")
+    es, every = chosen(), chosen("scorer=every-k", "scorer.every=3")
     known = {"es": es, "every-k": every, "history": chosen("scorer=history"), "uniform": chosen("arm=uniform")}
-    known |= {"shuffled": chosen("arm=shuffled"), "microbatch": chosen("granularity=microbatch")}
+    known |= {"shuffled": chosen("arm=shuffled"), "microbatch": chosen("selection.granularity=microbatch")}
     middle = {name: tuple(map(tuple, ids[4:20])) for name, ids in known.items()}
     assert len(set(middle.values())) == len(middle)
     plain = chosen("arm=plain")

@@ -26,14 +26,18 @@ SECONDS = 200
 SAMPLES = f"training.train_samples={ITERATIONS * META_BATCH}"
 SHALLOW = "model.num_layers=2"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    **{f"policy-{name}": (f"policy={name}",) for name in POLICIES.names() if name != "es"},
-    "policy-es-options": ("policy=es", "policy_options=[power=2, leave_out=0.3]"),
-    "parts": ("policy=adaselection", "selection_parts=2"),
-    **{f"pruner-{name}": (f"pruner={name}", "policy=uniform") for name in PRUNERS.names() if name != "eswp"},
-    "pruning-alone": ("pruner=infobatch", "keep_ratio=1"),
-    "prefix": ("scorer=prefix", "prefix_share=0.5"),
-    "guard": ("guard=uniform", "guard_window=4"),
-    "budget": ("scorer=history", "budget=0.55", "pruning_ratio=0"),
+    **{f"policy-{name}": (f"selection.policy={name}",) for name in POLICIES.names() if name != "es"},
+    "policy-es-options": ("selection.policy=es", "selection.options=[power=2, leave_out=0.3]"),
+    "parts": ("selection.policy=adaselection", "selection.parts=2"),
+    **{
+        f"pruner-{name}": (f"pruning.pruner={name}", "selection.policy=uniform")
+        for name in PRUNERS.names()
+        if name != "eswp"
+    },
+    "pruning-alone": ("pruning.pruner=infobatch", "selection.keep_ratio=1"),
+    "prefix": ("scorer=prefix", "scorer.prefix_share=0.5"),
+    "guard": ("guard=uniform", "guard.window=4"),
+    "budget": ("scorer=history", "selection.budget=0.55", "pruning.ratio=0"),
 }
 LAYOUTS = ("parallel.pipeline=2", "parallel.tensor=2", "data.prefetch=2")
 """Of two ranks; the last is data-parallel, where b is even: variants that find b themselves find an even one alone."""
@@ -158,7 +162,7 @@ def test_state_survives_a_resume(name: str, alone: dict[str, History], blend: Pa
 def test_external_scores_choose_and_never_change(blend: Path, tmp_path: Path) -> None:
     first = settings_of(blend, tmp_path / "a", SAMPLES, "run.save_interval=20")
     known = run_on_ranks(1, train, first, timeout=SECONDS)[0]
-    changes = ("scorer=external", f"initial_scores={tmp_path / 'a'}", "policy=small-loss", "pruning_ratio=0")
+    changes = ("scorer=external", f"scores.initial={tmp_path / 'a'}", "selection.policy=small-loss", "pruning.ratio=0")
     overrides = [f"evolved_sampling.{change}" for change in changes]
     found = run_on_ranks(1, train, settings_of(blend, tmp_path / "b", SAMPLES, *overrides), timeout=SECONDS)[0]
     assert found.scores == known.scores

@@ -94,7 +94,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.dropout=0.1", "data.num_workers=2"),
     ),
     "history": (2, ("evolved_sampling.scorer=history", "model.dropout=0.1")),
-    "every-k-debiased": (1, ("evolved_sampling.scorer=every-k", "evolved_sampling.score_correction=debiased")),
+    "every-k-debiased": (1, ("evolved_sampling.scorer=every-k", "evolved_sampling.scores.correction=debiased")),
     "shuffled": (1, ("evolved_sampling.arm=shuffled",)),
 }
 FAST = ("dp2-dropout", "two-to-one", "one-to-two")
@@ -223,7 +223,7 @@ def saved(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("evolved_sampling.arm=uniform", "`arm` was 'es' and is 'uniform'"),
         ("training.global_batch_size=32", "`meta_batch` was 16 and is 32"),
         ("training.train_samples=999", "`train_samples` was"),
-        ("evolved_sampling.pruning_ratio=0.2", "`pruning_ratio` was 0.3 and is 0.2"),
+        ("evolved_sampling.pruning.ratio=0.2", "`pruning.ratio` was 0.3 and is 0.2"),
     ],
     ids=lambda value: value.split(".")[-1].split("=")[0] if "=" in value else "",
 )

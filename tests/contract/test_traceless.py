@@ -92,7 +92,7 @@ def score(loop: Loop) -> Any:
 
 def leave_traces(overrides: tuple[str, ...], experts: bool) -> dict[str, bool]:
     """Score in the middle of an iteration with gradients half accumulated, and say what changed."""
-    settings = settings_for(DROPOUT, "evolved_sampling.scoring_micro_batch_size=2", *overrides)
+    settings = settings_for(DROPOUT, "evolved_sampling.scorer.micro_batch_size=2", *overrides)
     initialize(settings)
     if experts:
         build_experts()

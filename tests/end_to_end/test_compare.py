@@ -29,7 +29,7 @@ def spec(tmp_path):
             "evolved_sampling": {"preset": "paper", "keep_ratio": 0.25},
         },
         "blends": {"tiny": {"components": [f"text={lines}"], "vocab_size": 400, "damage": {"share": 0.4}}},
-        "arms": {"es": {}, "uniform": {"evolved_sampling.arm": "uniform", "evolved_sampling.budget": 0.6324}},
+        "arms": {"es": {}, "uniform": {"evolved_sampling.arm": "uniform", "evolved_sampling.selection.budget": 0.6324}},
         "references": ["uniform"],
         "equal_cost": ["es", "uniform"],
         "seeds": [1, 2],
@@ -93,7 +93,7 @@ def test_killed_resumed_and_equal_to_fresh_processes(spec, tmp_path):
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(spec, tmp_path):
     content = yaml.safe_load(spec.read_text())
-    content["arms"]["broken"] = {"evolved_sampling.initial_scores": str(tmp_path / "none")}
+    content["arms"]["broken"] = {"training.weight_decay": 1e300}  # the first step makes every weight infinite
     content |= {"learning_rates": [1e-3], "seeds": [1], "search_seeds": []}
     spec.write_text(yaml.safe_dump(content))
     done = subprocess.run(

@@ -30,14 +30,17 @@ LAYOUTS = {
         2,
         [
             *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
-            *("--es-scoring-micro-batch-size", "4", "--num-workers", "1"),
+            *("--es-scorer-micro-batch-size", "4", "--num-workers", "1"),
         ],
     ),
-    "TP2-larger-scoring-batch": (2, ["--tensor-model-parallel-size", "2", "--es-scoring-micro-batch-size", "8"]),
+    "TP2-larger-scoring-batch": (2, ["--tensor-model-parallel-size", "2", "--es-scorer-micro-batch-size", "8"]),
 }
 PLAIN_LAYOUTS = ["DP2", "PP2", "TP2", "PP2xDP2", "VPP2"]
 SHORT = ["--train-iters", "40"]
-PRESETS = {"paper": SCORES, "default": ["--es-pruning-ratio", "0.25", "--es-keep-ratio", "0.25", "--es-mask-lag", "2"]}
+PRESETS = {
+    "paper": SCORES,
+    "default": ["--es-pruning-ratio", "0.25", "--es-selection-keep-ratio", "0.25", "--es-order-mask-lag", "2"],
+}
 EXPERTS = [
     *(
         "--num-experts",
@@ -305,8 +308,8 @@ def test_untested_version_runs_and_is_refused_where_that_is_asked_for(
     ("flags", "told"),
     [
         (["--iterations-to-skip", "3", "--es"], "`--iterations-to-skip` must be off with Evolved Sampling"),
-        (["--es-keep-ratio", "0.1"], "`keep_ratio` times the meta-batch must be a multiple of 2"),
-        (["--es-beta1", "1.5"], "`beta1` must be in [0, 1], but is 1.5 instead"),
+        (["--es-selection-keep-ratio", "0.1"], "`selection.keep_ratio` times the meta-batch must be a multiple of 2"),
+        (["--es-scores-beta1", "1.5"], "`scores.beta1` must be in [0, 1], but is 1.5 instead"),
         (["--context-parallel-size", "2", "--es"], "`--context-parallel-size` must be 1 with Evolved Sampling"),
     ],
     ids=["skipped-iterations", "keep-ratio", "beta", "context"],
@@ -324,5 +327,5 @@ def test_flags_are_in_the_help(site: Site) -> None:
     if outcome.code != 0:
         assert site.run("help-untouched", ["--help"], patched=False).code != 0, "our flags have broken it"
         pytest.skip("--help of this checkout fails by itself")
-    for flag in ("--es, --no-es", "--es-keep-ratio", "--es-scoring-micro-batch-size", "--es-audit FILE"):
+    for flag in ("--es, --no-es", "--es-selection-keep-ratio", "--es-scorer-micro-batch-size", "--es-audit FILE"):
         assert flag in outcome.text

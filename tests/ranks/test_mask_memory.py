@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.data.mask import mask_bytes
 from es_megatron.errors import ConfigError
@@ -20,6 +19,7 @@ from es_megatron.rank_grid import RankGrid
 from es_megatron.scores import mask_memory
 from es_megatron.scores.mask_memory import MaskMemory
 from es_megatron.scores.store import ScoreStore
+from tests.es_config import es_config
 from tests.ranks_helper import run_on_ranks
 from tests.unit.naive import make_manifest
 
@@ -46,9 +46,7 @@ def mapped_bytes(name: str) -> int:
 
 def decide(folder: Path | None) -> Any:
     grid = RankGrid.data_parallel()
-    config = EvolvedSamplingConfig(
-        preset="paper", pruning_ratio=0.3, mask_folder=None if folder is None else str(folder)
-    )
+    config = es_config(preset="paper", pruning_ratio=0.3, mask_folder=None if folder is None else str(folder))
     store = ScoreStore(make_manifest((SAMPLES, 40)), config, grid)
     pruning = EpochPruning(store)
     masks = [pruning.prune(0, 1), pruning.prune(1, 1), pruning.prune(0, 2)]

@@ -15,20 +15,20 @@ import pytest
 
 from es_megatron.algorithm.ownership import owned_range, owned_shards, shard_bounds
 from es_megatron.checkpoint import CheckpointDirectory, ScoreRange, load_es_state, save_es_state
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.core.step import Trained
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.rank_grid import RankGrid
+from tests.es_config import es_config
 from tests.ranks_helper import run_on_ranks
 from tests.unit.naive import make_manifest
 
 SIZES = (3003, 1500, 130, 9, 1)
 META_BATCH = 24
 BEFORE, AFTER = 260, 1000
-CONFIG = EvolvedSamplingConfig(preset="paper", pruning_ratio=0.3, keep_ratio=0.5, anneal=0.0, mask_lag=3, seed=11)
+CONFIG = es_config(preset="paper", pruning_ratio=0.3, keep_ratio=0.5, anneal=0.0, mask_lag=3, seed=11)
 REAL, PURE = (1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12, 24)
 
 
@@ -246,7 +246,7 @@ def batches_of(ranks: int, masks: list[KeptMask]) -> str:
     from es_megatron.data.sampler import Sampler
     from es_megatron.data.schedule import Schedule
 
-    schedule = Schedule(manifest(), META_BATCH, 40_000, pruning_ratio=CONFIG.pruning_ratio)
+    schedule = Schedule(manifest(), META_BATCH, 40_000, pruning_ratio=CONFIG.pruning.ratio)
     samplers = [Sampler(schedule, CONFIG.seed) for _ in range(ranks)]
     crc = 0
     for iteration in range(BEFORE - 60, BEFORE - 60 + AFTER):

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
+from tests.es_config import es_config
 from tests.ranks_helper import run_on_ranks
 from tests.unit.naive import make_manifest
 
@@ -31,7 +31,7 @@ def run(settings: dict[str, Any], scores: str) -> Any:
     manifest = make_manifest(SIZES)
     store = ScoreStore(
         manifest,
-        EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": 0.3, "seed": 3, **settings}),
+        es_config(preset="paper", **{"pruning_ratio": 0.3, "seed": 3, **settings}),
         RankGrid.data_parallel(),
     )
     grid, random = store.grid, np.random.default_rng(0)
@@ -93,9 +93,7 @@ def test_equal_keys_go_to_the_lower_id() -> None:
     def keep() -> list[int]:
         epoch_pruning.uniforms = lambda *_: np.full(_[-1], 0.5)
         manifest = make_manifest((200,))
-        store = ScoreStore(
-            manifest, EvolvedSamplingConfig(preset="paper", pruning_ratio=0.37), RankGrid.data_parallel()
-        )
+        store = ScoreStore(manifest, es_config(preset="paper", pruning_ratio=0.37), RankGrid.data_parallel())
         return np.flatnonzero(EpochPruning(store).prune(0, 1).to_bool()).tolist()
 
     for ranks in (1, 2, 3, 4):
@@ -109,7 +107,7 @@ def test_copies_of_a_range_agree() -> None:
     def run_grid() -> tuple[int, int, bytes]:
         grid = RankGrid.of_grid([[0, 1], [2, 3]])
         manifest = make_manifest(SIZES)
-        store = ScoreStore(manifest, EvolvedSamplingConfig(preset="paper", pruning_ratio=0.3), grid)
+        store = ScoreStore(manifest, es_config(preset="paper", pruning_ratio=0.3), grid)
         random = np.random.default_rng(0)
         for iteration in range(5):
             ids = random.choice(manifest.total, 32, replace=False)

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -81,6 +81,13 @@ def draw_without_replacement(weights: Sequence[float], count: int, generator: np
         chosen.append(i)
         left.remove(i)
     return sorted(chosen)
+
+
+def prune(weight: Any, uniform: Any, count: int) -> Any:
+    """The race of a pruned epoch over a whole component in memory: bool[n], `count` of them true; ties by row."""
+    kept = np.zeros(len(weight), np.bool_)
+    kept[np.argsort(-np.log(uniform) / np.asarray(weight, np.float64), kind="stable")[:count]] = True
+    return kept
 
 
 def subset_probabilities(weights: Sequence[float], count: int) -> dict[tuple[int, ...], float]:

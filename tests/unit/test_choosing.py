@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from es_megatron.algorithm.guard import equivalent_batch, smooth
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.choosing import Chooser, Known
 from es_megatron.core.plan import plan_run
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError, LossError
 from es_megatron.rank_grid import RankGrid
+from tests.es_config import es_config
 
 B = 16
 MANIFEST = Manifest((Component("a", "a", 4000, 1.0, "f"),), 8)
 
 
 def chooser(**changes) -> Chooser:
-    config = EvolvedSamplingConfig(preset="paper", **changes)
+    config = es_config(preset="paper", **changes)
     return Chooser(plan_run(config, MANIFEST, B, 2, 4000), RankGrid.alone(), 2)
 
 
@@ -54,7 +54,7 @@ def test_parts_choose_as_many_smaller_meta_batches_would():
     loss = np.random.default_rng(0).random(B) + 1
     whole = chooser(policy="adaselection", selection_parts=2)
     positions = whole.choose(5, known(loss)).positions.tolist()
-    plan = plan_run(EvolvedSamplingConfig(preset="paper", policy="adaselection"), MANIFEST, B // 2, 2, 4000)
+    plan = plan_run(es_config(preset="paper", policy="adaselection"), MANIFEST, B // 2, 2, 4000)
     half = Chooser(plan, RankGrid.alone(), 2)
     gathered = half.choose(5, known(loss[: B // 2])).positions.tolist()
     half.commit()
@@ -183,7 +183,7 @@ def test_guard_does_not_judge_what_was_never_scored():
 
 @pytest.mark.parametrize(("kept", "meta_batch"), [(0.25, 32), (0.5, 32), (0.625, 32), (0.75, 48)])
 def test_fallback_is_the_same_in_every_layout(kept: float, meta_batch: int):
-    config = EvolvedSamplingConfig(preset="paper", keep_ratio=kept, guard="uniform")
+    config = es_config(preset="paper", keep_ratio=kept, guard="uniform")
     quanta = [quantum for quantum in (1, 2, 4, 8) if kept * meta_batch % quantum == 0]
     found = [plan_run(config, MANIFEST, meta_batch, quantum, 4000).fallback for quantum in quanta]
     assert len(set(found)) == 1

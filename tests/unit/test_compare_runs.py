@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from es_megatron import config
 from es_megatron.bench.crew import Answer, Crew
 from es_megatron.bench.runs import (
     CaseBlend,
@@ -25,6 +24,7 @@ from es_megatron.bench.runs import (
 )
 from es_megatron.bench.spec import read_spec
 from es_megatron.checkpoint import ScoreRange, save_es_state
+from es_megatron.config.settings import DEFAULT_OPTIONS
 from es_megatron.errors import CheckpointError
 from es_megatron.rank_grid import RankGrid
 from tests.unit.naive import make_manifest
@@ -96,11 +96,12 @@ def test_another_default_or_version_makes_another_run(spec, tmp_path, monkeypatc
     task = Task("clean", "es", 1e-3, 1)
     made = settings_of(spec, task, BLEND, tmp_path)
     before = identity_of(made, BLEND)
-    assert before["settings"]["evolved_sampling"]["policy_options"] == ["power=8"]  # though the spec does not say it
+    # though the spec does not say it
+    assert before["settings"]["evolved_sampling"]["selection"]["options"] == {"power": 8}
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
         assert identity_of(made, BLEND) != before
-    monkeypatch.setitem(config.PRESETS["default"], "policy_options", ("power=2",))
+    monkeypatch.setitem(DEFAULT_OPTIONS, "es", {"power": 2})
     assert identity_of(made, BLEND) != before
 
 

@@ -92,12 +92,14 @@ def test_a_file_that_is_not_there_or_no_yaml(tmp_path):
 
 
 def test_settings_are_base_case_arm_rate_and_seed_in_this_order():
-    cases = {"long": {"blend": "clean", "overrides": {"training.passes": 10, "evolved_sampling.keep_ratio": 0.5}}}
-    arms = {"es": {"evolved_sampling.keep_ratio": 0.25}}
+    cases = {
+        "long": {"blend": "clean", "overrides": {"training.passes": 10, "evolved_sampling.selection.keep_ratio": 0.5}}
+    }
+    arms = {"es": {"evolved_sampling.selection.keep_ratio": 0.25}}
     spec = read_spec(changed(cases=cases, arms=arms, references=[], final_rate=0.1), PATH)
     made = settings_of(spec, Task("long", "es", 4e-3, 7), CaseBlend(Path("b.yaml"), {}), Path("out"))
     assert made["training"] == {"passes": 10, "lr": 4e-3, "min_lr": 4e-4, "seed": 7}
-    assert made["evolved_sampling"] == {"keep_ratio": 0.25, "seed": 7}
+    assert made["evolved_sampling"] == {"selection": {"keep_ratio": 0.25}, "seed": 7}
     assert made["model"] == {"num_layers": 2, "init_seed": 7}
     assert (made["data"]["blend"], made["run"]["directory"]) == ("b.yaml", "out")
     assert spec.base["model"] == {"num_layers": 2}  # untouched
@@ -108,9 +110,10 @@ def test_settings_are_base_case_arm_rate_and_seed_in_this_order():
     [
         (
             {"evolved_sampling.keep_ration": 1},
-            "Unknown key `keep_ration` in `spec.yaml: arm es.*Did you mean `keep_ratio",
+            "Unknown key `keep_ration` in `spec.yaml: arm es.*Did you mean `selection.keep_ratio",
         ),
         ({"evolved_sampling.arm": "uniforn"}, "arm es: `arm` must be one of .* Did you mean `uniform`?"),
+        ({"evolved_sampling.scores.initial": "/nowhere"}, "arm es: .*/nowhere"),
     ],
 )
 def test_an_arm_that_cannot_be_is_named_before_anything_runs(override, words):

@@ -20,6 +20,7 @@ from es_megatron.refusals.megatron_deepspeed import MEGATRON_DEEPSPEED
 from es_megatron.refusals.megatron_lm import MEGATRON_LM
 from es_megatron.refusals.model import MODEL
 from es_megatron.refusals.table import find, is_on, words
+from tests.es_config import es_config
 
 PASSES = ("fresh", "prefix", "every-k")
 NO_PASS = ("history", "external", "uniform")
@@ -86,8 +87,8 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 def settings_of(scorer: str) -> EvolvedSamplingConfig:
     if scorer == "uniform":
-        return EvolvedSamplingConfig(arm="uniform", scorer="fresh")
-    return EvolvedSamplingConfig(scorer=scorer, initial_scores="scores")  # pyright: ignore[reportArgumentType]
+        return es_config(arm="uniform", scorer="fresh")
+    return es_config(scorer=scorer, initial_scores="scores")  # pyright: ignore[reportArgumentType]
 
 
 def as_text(value: Any) -> tuple[str, ...]:
@@ -135,7 +136,7 @@ def test_an_error_names_the_setting_the_reason_and_the_way_out() -> None:
 
 @pytest.mark.parametrize("arm", ["plain", "shortened"])
 def test_arms_that_neither_score_nor_select_are_held_by_their_data_order_alone(arm: Any) -> None:
-    config = EvolvedSamplingConfig(arm=arm, preset="paper")
+    config = es_config(arm=arm, preset="paper")
     names = {row.name for row in find((*MODEL, *MEGATRON_LM), lambda name: 2, config)}
     assert {"context_parallel_size", "rampup_batch_size"} <= names
     assert not {"overlap_moe_expert_parallel_comm", "fp8_recipe"} & names

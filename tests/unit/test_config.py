@@ -13,29 +13,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from es_megatron.config import EvolvedSamplingConfig, build
+from es_megatron.config.names import FLAT_NAMES, HEADS
 from es_megatron.errors import ConfigError, EsError
 from es_megatron.scoring import arm_of
 from es_megatron.scoring.arms import prunes as prunes_epochs
+from tests.es_config import es_config
+
+
+def now(name: str) -> str:
+    """What a setting of before is called by now."""
+    return ".".join(FLAT_NAMES.get(name, (name, HEADS[name]) if name in HEADS else (name,)))
 
 
 def test_presets_fill_in_what_is_not_given():
-    default, paper = EvolvedSamplingConfig(), EvolvedSamplingConfig(preset="paper")
-    assert (default.scorer, default.keep_ratio, default.correction) == ("history", 0.5, "debiased")
-    assert (paper.scorer, paper.keep_ratio, paper.correction) == ("fresh", 0.25, "paper")
-    given = EvolvedSamplingConfig(preset="paper", scorer="prefix", keep_ratio=0.5)
-    assert (given.scorer, given.keep_ratio) == ("prefix", 0.5)
-    assert dataclasses.replace(paper, arm="uniform").keep_ratio == 0.25
+    default, paper = es_config(), es_config(preset="paper")
+    assert (default.scorer.kind, default.selection.keep_ratio, default.correction) == ("history", 0.5, "debiased")
+    assert (paper.scorer.kind, paper.selection.keep_ratio, paper.correction) == ("fresh", 0.25, "paper")
+    given = es_config(preset="paper", scorer="prefix", keep_ratio=0.5)
+    assert (given.scorer.kind, given.selection.keep_ratio) == ("prefix", 0.5)
+    assert dataclasses.replace(paper, arm="uniform").selection.keep_ratio == 0.25
     with pytest.raises(ConfigError, match=r"`preset` must be one of default, paper, but is 'papr' .*`paper`"):
-        EvolvedSamplingConfig(preset="papr")  # pyright: ignore[reportArgumentType]
+        es_config(preset="papr")  # pyright: ignore[reportArgumentType]
 
 
 def test_the_preset_of_the_paper():
-    config = EvolvedSamplingConfig(preset="paper")
-    assert (config.arm, config.beta1, config.decay, config.keep_ratio) == ("es", 0.2, 0.9, 0.25)
-    assert (config.pruning_ratio, config.anneal, config.scorer) == (0.0, 0.05, "fresh")
-    assert EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2).decay == 0.8
-    assert EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2, beta2=0.9).decay == 0.9
-    assert EvolvedSamplingConfig(preset="paper", beta2=0.0).decay == 0.0
+    config = es_config(preset="paper")
+    assert (config.arm, config.scores.beta1, config.decay, config.selection.keep_ratio) == ("es", 0.2, 0.9, 0.25)
+    assert (config.pruning.ratio, config.selection.anneal, config.scorer.kind) == (0.0, 0.05, "fresh")
+    assert es_config(preset="paper", pruning_ratio=0.2).decay == 0.8
+    assert es_config(preset="paper", pruning_ratio=0.2, beta2=0.9).decay == 0.9
+    assert es_config(preset="paper", beta2=0.0).decay == 0.0
 
 
 @pytest.mark.parametrize(
@@ -67,8 +74,8 @@ def test_the_preset_of_the_paper():
 )
 def test_value_out_of_range_is_named_with_its_range(name, value, rule):
     with pytest.raises(ConfigError) as caught:
-        EvolvedSamplingConfig(preset="paper", **{name: value})
-    assert str(caught.value) == f"`{name}` must be {rule}, but is {value!r} instead."
+        es_config(preset="paper", **{name: value})
+    assert str(caught.value) == f"`{now(name)}` must be {rule}, but is {value!r} instead."
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,7 @@ def test_value_out_of_range_is_named_with_its_range(name, value, rule):
     ],
 )
 def test_ends_of_a_range_belong_to_it(name, value):
-    assert getattr(EvolvedSamplingConfig(preset="paper", **{name: value}), name) == value
+    assert es_config(preset="paper", **{name: value}).value(now(name)) == value
 
 
 @pytest.mark.parametrize(
@@ -108,30 +115,30 @@ def test_ends_of_a_range_belong_to_it(name, value):
     ],
 )
 def test_unknown_choice_names_the_choices_and_the_nearest(name, value, near):
-    with pytest.raises(ConfigError, match=rf"`{name}` must be one of .*{near}.*Did you mean `{near}`\?"):
-        EvolvedSamplingConfig(preset="paper", **{name: value})
+    with pytest.raises(ConfigError, match=rf"`{now(name)}` must be one of .*{near}.*Did you mean `{near}`\?"):
+        es_config(preset="paper", **{name: value})
     with pytest.raises(ConfigError, match=r"but is 17 instead\.$"):
-        EvolvedSamplingConfig(preset="paper", **{name: 17})
+        es_config(preset="paper", **{name: 17})
 
 
 def test_settings_that_cannot_work_together():
-    with pytest.raises(ConfigError, match=r"`inclusion_weights` must be off .* Use `granularity: sample`"):
-        EvolvedSamplingConfig(preset="paper", inclusion_weights=True, granularity="microbatch")
-    with pytest.raises(ConfigError, match=r"`initial_scores` must be given with `scorer: external`"):
-        EvolvedSamplingConfig(preset="paper", scorer="external")
-    with pytest.raises(ConfigError, match=r"`selection_parts` must be off with `granularity: microbatch`"):
-        EvolvedSamplingConfig(preset="paper", selection_parts=2, granularity="microbatch")
-    assert EvolvedSamplingConfig(preset="paper", inclusion_weights=True).inclusion_weights
+    with pytest.raises(ConfigError, match=r"`selection.inclusion_weights` must be off .* Use `granularity: sample`"):
+        es_config(preset="paper", inclusion_weights=True, granularity="microbatch")
+    with pytest.raises(ConfigError, match=r"`scores.initial` must be given with `scorer: external`"):
+        es_config(preset="paper", scorer="external")
+    with pytest.raises(ConfigError, match=r"`selection.parts` must be off with `granularity: microbatch`"):
+        es_config(preset="paper", selection_parts=2, granularity="microbatch")
+    assert es_config(preset="paper", inclusion_weights=True).selection.inclusion_weights
 
 
 def test_debiasing_needs_visits_that_saturate_in_time():
     edge = 1e-6 ** (1 / 255)
-    assert EvolvedSamplingConfig(preset="paper", score_correction="debiased", beta2=edge - 1e-4).beta2
+    assert es_config(preset="paper", score_correction="debiased", beta2=edge - 1e-4).scores.beta2
     with pytest.raises(
-        ConfigError, match=r"`beta2` must be below 0\.9473 .* but is 0\.95 instead.*score_correction: paper"
+        ConfigError, match=r"`scores.beta2` must be below 0\.9473 .* but is 0\.95 instead.*correction: paper"
     ):
-        EvolvedSamplingConfig(preset="paper", score_correction="debiased", beta2=0.95)
-    assert EvolvedSamplingConfig(preset="paper", score_correction="paper", beta2=0.95).beta2 == 0.95
+        es_config(preset="paper", score_correction="debiased", beta2=0.95)
+    assert es_config(preset="paper", score_correction="paper", beta2=0.95).scores.beta2 == 0.95
 
 
 @pytest.mark.parametrize(
@@ -146,14 +153,14 @@ def test_debiasing_needs_visits_that_saturate_in_time():
     ],
 )
 def test_what_an_arm_does(arm, scores, selects, prunes):
-    config = EvolvedSamplingConfig(preset="paper", arm=arm, pruning_ratio=0.2)
+    config = es_config(preset="paper", arm=arm, pruning_ratio=0.2)
     assert (arm_of(config).scores, arm_of(config).selects, prunes_epochs(config)) == (scores, selects, prunes)
-    assert not prunes_epochs(EvolvedSamplingConfig(preset="paper", arm=arm))
+    assert not prunes_epochs(es_config(preset="paper", arm=arm))
 
 
 def test_config_cannot_be_changed_behind_its_checks():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        EvolvedSamplingConfig(preset="paper").beta1 = 3.0  # type: ignore[misc]
+        es_config(preset="paper").scores.beta1 = 3.0  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -239,35 +246,35 @@ def test_key_or_type_that_is_wrong_is_named_with_its_source(mapping, message):
 @pytest.mark.parametrize("source", [None, [], "text", 4])
 def test_source_that_is_no_mapping_is_refused(source):
     with pytest.raises(ConfigError, match=r"`x\.yaml` must be a mapping of settings"):
-        build(EvolvedSamplingConfig, source, "x.yaml")
+        EvolvedSamplingConfig.from_mapping(source, "x.yaml")
 
 
 def test_ranges_hold_through_the_builder_too():
-    assert build(EvolvedSamplingConfig, {"beta1": 0, "beta2": None, "arm": "plain"}, "c").beta1 == 0.0
-    with pytest.raises(ConfigError, match=r"`keep_ratio` must be in \(0, 1\], but is 2.0 instead"):
-        build(EvolvedSamplingConfig, {"keep_ratio": 2}, "c")
+    assert EvolvedSamplingConfig.from_mapping({"beta1": 0, "beta2": None, "arm": "plain"}, "c").scores.beta1 == 0.0
+    with pytest.raises(ConfigError, match=r"`selection.keep_ratio` must be in \(0, 1\], but is 2.0 instead"):
+        EvolvedSamplingConfig.from_mapping({"keep_ratio": 2}, "c")
     with pytest.raises(ConfigError, match="`arm` must be one of"):
-        build(EvolvedSamplingConfig, {"arm": "esx"}, "c")
-    with pytest.raises(ConfigError, match=r"Unknown key `keep_ration` in `c`\. Did you mean `keep_ratio`"):
-        build(EvolvedSamplingConfig, {"keep_ration": 0.5}, "c")
+        EvolvedSamplingConfig.from_mapping({"arm": "esx"}, "c")
+    with pytest.raises(ConfigError, match=r"Unknown key `keep_ration` in `c`\. Did you mean `selection.keep_ratio`"):
+        EvolvedSamplingConfig.from_mapping({"keep_ration": 0.5}, "c")
 
 
 VALUES: st.SearchStrategy[Any] = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2)
 )
-NAMES = [entry.name for entry in dataclasses.fields(EvolvedSamplingConfig)]
+NAMES = [entry.name for entry in dataclasses.fields(EvolvedSamplingConfig)] + list(FLAT_NAMES)
 
 
 @settings(max_examples=300, deadline=None)
 @given(mapping=st.dictionaries(st.sampled_from([*NAMES, "colour"]), VALUES, max_size=3))
 def test_any_mapping_gives_a_config_of_the_declared_types_or_a_config_error(mapping):
     try:
-        config = build(EvolvedSamplingConfig, mapping, "c")
+        config = EvolvedSamplingConfig.from_mapping(mapping, "c")
     except ConfigError as error:
         assert str(error)  # noqa: PT017
         return
     assert "colour" not in mapping
-    assert type(config.seed) is type(config.score_every) is type(config.mask_lag) is int
-    assert type(config.beta1) is type(config.keep_ratio) is type(config.anneal) is float
-    assert type(config.inclusion_weights) is bool
-    assert 0 < config.keep_ratio <= 1
+    assert type(config.seed) is type(config.scorer.every) is type(config.order.mask_lag) is int
+    assert type(config.scores.beta1) is type(config.selection.keep_ratio) is type(config.selection.anneal) is float
+    assert type(config.selection.inclusion_weights) is bool
+    assert 0 < config.selection.keep_ratio <= 1

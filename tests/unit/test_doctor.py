@@ -136,7 +136,7 @@ GRAPHS = "--fp8-format hybrid --cuda-graph-impl local"
 @pytest.mark.parametrize("scorer", ["history", "external", "fresh", "every-k"])
 def test_settings_of_a_run_are_judged_by_its_scorer(tmp_path, scorer):
     script = tmp_path / "train.sh"
-    script.write_text(f"{CONFIG} {GRAPHS} --es-scorer {scorer} --es-initial-scores scores\n")
+    script.write_text(f"{CONFIG} {GRAPHS} --es-scorer {scorer} --es-scores-initial scores\n")
     findings = list(doctor.check_config(script))
     failed = [finding.what for finding in findings if finding.severity == "FAIL"]
     assert all(finding.severity != "REFUSE" for finding in findings)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.permutation import permutation
 from es_megatron.errors import CheckpointError, LayoutError, LossError
 from es_megatron.rank_grid import RankGrid
+from tests.es_config import es_config
 from tests.unit.naive import make_manifest
 
 B = 16
@@ -69,7 +69,7 @@ def make(
     manifest: Manifest | None = None, *, samples: int = 40 * B, micro: int = 1, **settings: Any
 ) -> EvolvedSampling:
     options = {"pruning_ratio": 0.3, "mask_lag": 3, "seed": 5, "max_bad_losses": 0.5, **settings}
-    config = EvolvedSamplingConfig(preset="paper", **options)
+    config = es_config(preset="paper", **options)
     blend = manifest or make_manifest(SIZES)
     return EvolvedSampling(config, blend, RankGrid.alone(), meta_batch=B, micro_batch=micro, train_samples=samples)
 
@@ -91,7 +91,7 @@ class Naive:
             self.prune(t)
             batch = self.batch(t)
             loss = {sample: self.losses(sample, t) for sample in batch}
-            beta1, beta2 = cfg.beta1, cfg.decay
+            beta1, beta2 = cfg.scores.beta1, cfg.decay
             weight = [beta1 * self.score[sample] + (1 - beta1) * loss[sample] for sample in batch]
             uniform = uniforms(cfg.seed, Purpose.SELECT, 0, t, 0, B)
             keys = sorted(
@@ -117,7 +117,7 @@ class Naive:
     def starting(self, c: int, t: int) -> list[int]:
         """Pruned epochs of a component whose first draw stands `mask_lag` iterations after t."""
         found = []
-        for position in range((t + self.config.mask_lag) * B, (t + self.config.mask_lag + 1) * B):
+        for position in range((t + self.config.order.mask_lag) * B, (t + self.config.order.mask_lag + 1) * B):
             if position >= self.schedule.iterations * B:
                 break
             component, draw = self.schedule.blend.locate(np.asarray([position]))
@@ -267,7 +267,9 @@ def test_infobatch_weighs_up_only_what_had_a_score() -> None:
 def test_too_many_bad_losses_stop_the_run() -> None:
     engine = make(max_bad_losses=0.25)
     fake = Fake(engine, lambda n, t: math.nan if n % 2 == 0 else 1.0)
-    with pytest.raises(LossError, match=r"of iteration 0 have a non-finite loss: c\d\[\d+\].*`max_bad_losses` = 0.25"):
+    with pytest.raises(
+        LossError, match=r"of iteration 0 have a non-finite loss: c\d\[\d+\].*`selection.max_bad_losses` = 0.25"
+    ):
         fake.iterate()
 
 
@@ -331,9 +333,9 @@ def test_state_comes_back_only_into_the_same_run() -> None:
     with pytest.raises(CheckpointError, match="`seed` was 5 and is 6"):
         make(seed=6).load_state_dict(state, masks)
     for changes, told in (
-        ({"policy_options": ("power=3",)}, r"`policy_options` was \[\] and is \['power=3'\]"),
-        ({"beta2": 0.5}, r"`decay` was 0.8 and is 0.5"),
-        ({"score_correction": "debiased"}, r"`correction` was 'paper' and is 'debiased'"),
+        ({"policy_options": ("power=3",)}, r"`selection.options` was \[\] and is \['power=3'\]"),
+        ({"beta2": 0.5}, r"`scores.beta2` was 0.8 and is 0.5"),
+        ({"score_correction": "debiased"}, r"`scores.correction` was 'paper' and is 'debiased'"),
     ):
         with pytest.raises(CheckpointError, match=told):
             make(**changes).load_state_dict(state, masks)

@@ -97,7 +97,7 @@ def test_a_loader_that_starts_draws_from_no_generator_of_the_model(workers: int)
 def test_workers_must_not_run_ahead_of_the_masks() -> None:
     make(workers=2, prefetch=2, mask_lag=4)
     with pytest.raises(
-        ConfigError, match=r"`mask_lag` must be >= 4 .* but is 3 instead. Raise it, or use fewer workers"
+        ConfigError, match=r"`order.mask_lag` must be >= 4 .* but is 3 instead. Raise it, or use fewer workers"
     ):
         make(workers=2, prefetch=2, mask_lag=3)
 

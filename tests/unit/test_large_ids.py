@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from es_megatron.algorithm.ownership import owned_range
 from es_megatron.algorithm.randomness import Purpose, raw
 from es_megatron.algorithm.selection import positions_of
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.blend import MAX_DRAWS, Blend
 from es_megatron.data.permutation import ROUNDS, FeistelPermutation, radices, scramble
 from es_megatron.data.sampler import Sampler
 from es_megatron.data.schedule import Schedule
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import Lookup, ScoreStore
+from tests.es_config import es_config
 from tests.unit.naive import make_manifest
 
 POWERS = (2**31, 2**32)
@@ -133,7 +133,7 @@ def test_scores_of_large_ids_land_on_their_owner_alone(n, ranks, data):
     own = (ids >= low) & (ids < high)
     store = ScoreStore(
         make_manifest([n // 3, n - n // 3]),
-        EvolvedSamplingConfig(preset="paper"),
+        es_config(preset="paper"),
         RankGrid(rank, ranks, 0, 1, 0, 1),
     )
     loss = np.random.default_rng(0).lognormal(0, 1, len(ids)).astype(np.float32)

@@ -348,7 +348,7 @@ def test_shipped_deepspeed_configs_can_be_read(path):
     ranks = int(path.read_text().split("(")[1].split(" in all")[0])
     check_layout(settings, ranks)
     data = settings.parallel.data_parallel(ranks)
-    kept = settings.evolved_sampling.keep_ratio * settings.training.global_batch_size
+    kept = settings.evolved_sampling.selection.keep_ratio * settings.training.global_batch_size
     assert kept % (settings.training.micro_batch_size * data) == 0
 
 

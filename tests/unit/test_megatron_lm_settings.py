@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.metrics import RunTotals, saved_share
 from es_megatron.core.plan import plan_run
 from es_megatron.core.step import StepRecord
@@ -38,6 +37,7 @@ from es_megatron.frameworks.megatron_lm_settings import (
     find_start,
     plan_length,
 )
+from tests.es_config import es_config
 from tests.megatron_lm_helper import write_component
 
 
@@ -118,11 +118,11 @@ def test_run_that_is_over() -> None:
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        check_settings(arguments(**changes), EvolvedSamplingConfig())
+        check_settings(arguments(**changes), es_config())
 
 
 def test_usual_arguments_are_taken() -> None:
-    check_settings(arguments(rampup_batch_size=None, iterations_to_skip=[], sft=False), EvolvedSamplingConfig())
+    check_settings(arguments(rampup_batch_size=None, iterations_to_skip=[], sft=False), es_config())
 
 
 class TestStart:
@@ -294,7 +294,7 @@ def test_audit_drops_what_is_run_again(tmp_path: Path) -> None:
 def test_saved_share_of_work() -> None:
     """Selecting a quarter costs 1 + 3/4 forward units a sequence, of the plain run's 3."""
     manifest = Manifest((Component("books", "books", 64, 64.0, "mark"),), 32)
-    plan = plan_run(EvolvedSamplingConfig(preset="paper", anneal=0.0), manifest, 16, 4, 128)
+    plan = plan_run(es_config(preset="paper", anneal=0.0), manifest, 16, 4, 128)
     totals = RunTotals(1, 16)
     assert saved_share(plan, 0, totals) == 0.0
     totals.sequences_scored, totals.sequences_trained = 3 * 16, 3 * 4

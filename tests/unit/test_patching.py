@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import re
@@ -15,9 +14,7 @@ from typing import Any
 
 import pytest
 
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import ConfigError, PatchError
-from es_megatron.frameworks.arguments import add_arguments, field_help, read_switches
 from es_megatron.patching import (
     PatchList,
     apply,
@@ -325,35 +322,6 @@ def test_what_is_no_version_is_refused(small: Small) -> None:
         check(small.patches)
 
 
-def test_flags_are_the_fields_of_the_settings() -> None:
-    parser = add_arguments(argparse.ArgumentParser())
-    told = parser.format_help()
-    for name in EvolvedSamplingConfig.__dataclass_fields__:
-        assert f"--es-{name.replace('_', '-')}" in told
-    assert set(field_help(EvolvedSamplingConfig)) == set(EvolvedSamplingConfig.__dataclass_fields__)
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ([], None),
-        (["--es"], EvolvedSamplingConfig()),
-        (["--es-arm", "uniform"], EvolvedSamplingConfig(arm="uniform")),
-        (
-            ["--es-beta2", "0.7", "--es-inclusion-weights", "--es-scoring-micro-batch-size", "8"],
-            EvolvedSamplingConfig(beta2=0.7, inclusion_weights=True, scoring_micro_batch_size=8),
-        ),
-        (["--no-es", "--es-beta2", "0.7"], None),
-        (["--es-strict-versions"], None),
-    ],
-)
-def test_flags_switch_it_on(flags: list[str], expected: EvolvedSamplingConfig | None) -> None:
-    arguments = add_arguments(argparse.ArgumentParser()).parse_args(flags)
-    assert read_switches(arguments).config == expected
-    if not flags:
-        assert vars(arguments) == {}, "a run without the flags carries no trace of them into its checkpoints"
-
-
 def test_strictness_is_read_off_the_command_line(small: Small, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Patches are applied before the script parses anything."""
     small.write("1.5.0", UPSTREAM)
@@ -370,25 +338,6 @@ def test_strictness_is_read_off_the_command_line(small: Small, monkeypatch: pyte
         "es_megatron: small 1.5.0 has not been tested with these patches (1.2, 1.4 have); every target is as declared, "
         "so it runs (--es-strict-versions refuses it)"
     )
-
-
-def test_wrong_values() -> None:
-    parser = add_arguments(argparse.ArgumentParser(exit_on_error=False))
-    with pytest.raises(argparse.ArgumentError, match="invalid choice: 'best'"):
-        parser.parse_args(["--es-arm", "best"])
-    with pytest.raises(ConfigError, match="`keep_ratio` must be in"):
-        read_switches(parser.parse_args(["--es-keep-ratio", "2"]))
-
-
-def test_runner_names_what_is_wrong(tmp_path: Path) -> None:
-    def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "es_megatron.run", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path, check=False)
-
-    done = start("no_such_script.py")
-    assert done.returncode == 2
-    assert "`no_such_script.py` must be a script, but there is no such file" in done.stderr
-    assert "usage: python -m es_megatron.run SCRIPT.py" in start("--help").stdout
 
 
 def test_importing_the_registry_changes_nothing() -> None:

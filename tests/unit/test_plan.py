@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.plan import (
     Layout,
     Plan,
@@ -22,6 +21,7 @@ from es_megatron.core.plan import (
     predict,
 )
 from es_megatron.errors import ConfigError, LayoutError
+from tests.es_config import es_config
 from tests.unit.naive import make_manifest
 
 B = 32
@@ -29,7 +29,7 @@ MANIFEST = make_manifest((400, 90, 20))
 
 
 def plan(*, passes: float = 4, quantum: int = 2, **settings: Any) -> Plan:
-    config = EvolvedSamplingConfig(preset="paper", **{"seed": 1, **settings})
+    config = es_config(preset="paper", **{"seed": 1, **settings})
     return plan_run(config, MANIFEST, B, quantum, round(passes * MANIFEST.total))
 
 
@@ -53,7 +53,7 @@ def test_the_savings_of_the_design() -> None:
     """Section 5: 37.5 / 43.8 / 45.8 / 46.9% for 1 to 4 passes with r = 0.2 while the first is never pruned."""
     manifest = make_manifest((200_000,))
     for passes, expected in ((1, 0.375), (2, 0.438), (3, 0.458), (4, 0.469)):
-        config = EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2, anneal=0.05)
+        config = es_config(preset="paper", pruning_ratio=0.2, anneal=0.05)
         found = plan_run(config, manifest, B, 2, passes * 200_000)
         assert 1 - found.cost / found.plain_cost == pytest.approx(expected, abs=0.012)
 
@@ -99,7 +99,7 @@ def test_longest_within() -> None:
     ("ratio", "quantum", "kept"), [(0.25, 8, 8), (1.0, 32, 32), (0.1875, 2, 6), (1 / 3, 1, None), (0.25, 16, None)]
 )
 def test_kept_sequences_must_divide(ratio: float, quantum: int, kept: int | None) -> None:
-    config = EvolvedSamplingConfig(preset="paper", keep_ratio=ratio)
+    config = es_config(preset="paper", keep_ratio=ratio)
     if kept is not None:
         assert kept_of(config, B, quantum) == kept
         return
@@ -183,7 +183,7 @@ def test_virtual_stages_need_whole_rounds_of_micro_batches() -> None:
 @pytest.mark.parametrize(("share", "read"), [(1 / 16, 8), (0.1, 8), (0.125, 8), (0.3, 24), (1.0, 64)])
 def test_a_prefix_costs_what_is_read_of_it(share: float, read: int) -> None:
     blend = dataclasses.replace(MANIFEST, seq_length=64)
-    config = EvolvedSamplingConfig(preset="paper", scorer="prefix", prefix_share=share)
+    config = es_config(preset="paper", scorer="prefix", prefix_share=share)
     found = plan_run(config, blend, B, 2, 2040)
     assert found.scored_share == read / 64
     assert found.cost == found.sequences_scored * read / 64 + 3 * found.sequences_trained
@@ -193,5 +193,5 @@ def test_a_measured_cost_of_scoring_leaves_a_budget_more_to_train_on() -> None:
     kept = {cost: plan(budget=0.625, anneal=0, scoring_cost=cost).kept for cost in (None, 1.0, 0.5)}
     assert kept == {None: 10, 1.0: 10, 0.5: 16}  # 60 = 32 * cost + 3 b, rounded up to a multiple of 2
     assert plan(scoring_cost=0.5).break_even_gain == pytest.approx(1 + 0.5 * 32 / (3 * 8))
-    with pytest.raises(ConfigError, match="`scoring_cost` must be above 0"):
+    with pytest.raises(ConfigError, match=r"`scorer\.cost` must be above 0"):
         plan(scoring_cost=0.0)

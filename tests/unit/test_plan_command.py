@@ -70,7 +70,7 @@ def test_the_plan_of_a_config_is_the_one_its_trainer_prints(tmp_path: Path, caps
 
 
 def test_the_numbers_of_the_cost_model(capsys: Any) -> None:
-    found = plan_of(capsys, *ONE, "--passes", "100", "--es-anneal", "0")
+    found = plan_of(capsys, *ONE, "--passes", "100", "--es-selection-anneal", "0")
     assert found["saving"] == pytest.approx(0.4167, abs=1e-3)
     assert found["break_even"]["ratio"] == found["break_even"]["layout_ratio"] == pytest.approx(2 / 3)
     assert found["break_even"]["uniform_more"] == pytest.approx(64 / 3)
@@ -104,7 +104,9 @@ def test_the_parts_of_the_time_are_the_prediction(capsys: Any) -> None:
         "--seq-length",
         "64",
     ]
-    found = plan_of(capsys, "--samples", "4000", "--global-batch-size", "64", *pipeline, "--es-keep-ratio", "0.5")
+    found = plan_of(
+        capsys, "--samples", "4000", "--global-batch-size", "64", *pipeline, "--es-selection-keep-ratio", "0.5"
+    )
     split = found["time_split"]
     parts = [split[name] for name in ("scoring", "training", "scoring_ramps", "training_ramps")]
     assert min(parts) > 0
@@ -142,16 +144,18 @@ def test_flags_win_over_the_file(capsys: Any) -> None:
     demo = ["--config", config, "--samples", "5000", "--world-size", "2"]
     assert plan_of(capsys, *demo)["plan"]["pruning_ratio"] == 0.2
     assert plan_of(capsys, *demo)["lr"] == pytest.approx(2e-3 / 2)
-    changed = plan_of(capsys, *demo, "--es-keep-ratio", "0.5", "--train-samples", "640", "training.micro_batch_size=2")
+    changed = plan_of(
+        capsys, *demo, "--es-selection-keep-ratio", "0.5", "--train-samples", "640", "training.micro_batch_size=2"
+    )
     assert (changed["plan"]["kept"], changed["plan"]["plain_iterations"]) == (32, 10)
     assert changed["plan"]["pruning_ratio"] == 0.2
     assert changed["plan"]["layout"]["micro_batches"] == 16
 
 
 def test_a_plan_that_costs_more_says_so(capsys: Any) -> None:
-    assert "costs more than the plain one" in plan_of(capsys, *ONE, "--es-keep-ratio", "0.75")["warnings"][0]
+    assert "costs more than the plain one" in plan_of(capsys, *ONE, "--es-selection-keep-ratio", "0.75")["warnings"][0]
     assert plan_of(capsys, *ONE)["warnings"] == []
-    assert main(["plan", *ONE, "--es-keep-ratio", "0.75"]) == 0
+    assert main(["plan", *ONE, "--es-selection-keep-ratio", "0.75"]) == 0
     text = capsys.readouterr().out
     assert "WARNING" in text
     assert "which is the whole meta-batch" in text
@@ -191,18 +195,18 @@ def test_the_text_tells_all_of_it(capsys: Any) -> None:
         ([*BASE, "--component", "a:0"], "must have at least 1 sample"),
         ([*ONE, "--parameters", "7e9"], "`parameters` must be given with `flops`"),
         ([*ONE, "--forward-seconds", "-1"], "`forward` must be > 0"),
-        ([*ONE, "--es-keep-ratio", "0.3"], "must be a multiple of 8 .* Use `keep_ratio`"),
+        ([*ONE, "--es-selection-keep-ratio", "0.3"], "must be a multiple of 8 .* Use `keep_ratio`"),
         ([*ONE, "--world-size", "3"], "Give one of `--world-size` and `--data-parallel`"),
         (["--samples", "9", *BASE, "--world-size", "3", "--tensor", "2"], "multiple of tensor x pipeline"),
         (["--samples", "9", *BASE, "--data-parallel", "3"], "Use 60, or a smaller `micro_batch_size`"),
         ([*ONE, "--virtual", "2"], "`pipeline` must be above 1 with `virtual_pipeline`"),
         ([*ONE, "--pipeline", "4", "--virtual", "2"], "times pipeline size when interleaved"),
-        ([*ONE, "--es-scoring-micro-batch-size", "7"], r"Use one of \[1, 2, 4, 8, 16, 32\]"),
+        ([*ONE, "--es-scorer-micro-batch-size", "7"], r"Use one of \[1, 2, 4, 8, 16, 32\]"),
         ([*ONE, "--no-es"], "leaves nothing to plan"),
         ([*ONE, "training.lr=1"], "must come with `--config FILE`"),
         (["--config", "nowhere.yaml"], "`nowhere.yaml` cannot be read"),
         ([*ONE, "--gpus-per-node", "0"], "`--gpus-per-node` must be >= 1"),
-        ([*ONE, "--es-initial-scores", "nowhere"], "must be an `es_state` folder"),
+        ([*ONE, "--es-scores-initial", "nowhere"], "must be an `es_state` folder"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

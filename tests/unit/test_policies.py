@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from es_megatron.errors import ConfigError
 LOSS = np.asarray([2.0, 4.0, 1.0, 3.0])
 
 
-def weigh(name: str, *options: str, loss=LOSS, weight=None, norm=None, chosen=2, iteration=0, state=None) -> Weighed:
+def weigh(
+    name: str, options=MappingProxyType({}), *, loss=LOSS, weight=None, norm=None, chosen=2, iteration=0, state=None
+) -> Weighed:
     weight = loss if weight is None else weight
     evidence = Evidence(np.asarray(loss), np.asarray(weight), norm, chosen, iteration)
     return POLICIES.make(name, options).weigh(evidence, state or {})
@@ -38,14 +42,14 @@ def test_es_draws_by_its_weights_and_loss_by_losses():
 
 
 def test_es_sharper_flatter_and_without_the_highest():
-    np.testing.assert_allclose(weigh("es", "power=2").weight_B, [4, 16, 1, 9])
-    np.testing.assert_allclose(weigh("es", "power=-1").weight_B, [1 / 2, 1 / 4, 1, 1 / 3])
-    out = weigh("es", "leave_out=0.5").weight_B
+    np.testing.assert_allclose(weigh("es", {"power": 2}).weight_B, [4, 16, 1, 9])
+    np.testing.assert_allclose(weigh("es", {"power": -1}).weight_B, [1 / 2, 1 / 4, 1, 1 / 3])
+    out = weigh("es", {"leave_out": 0.5}).weight_B
     assert out[[0, 2]].tolist() == [2, 1]
     assert 0 < out[1] < 1e-300
     assert 0 < out[3] < 1e-300
     # as many as are to be chosen stay
-    assert (weigh("es", "leave_out=0.9", chosen=3).weight_B > 1e-300).sum() == 3
+    assert (weigh("es", {"leave_out": 0.9}, chosen=3).weight_B > 1e-300).sum() == 3
 
 
 def test_largest_smallest_extremes_and_middle():
@@ -62,21 +66,21 @@ def test_gradient_norm_takes_the_norms():
 
 
 def test_adaboost_weights():
-    found = weigh("adaboost", "largest=0.8").weight_B  # losses scaled by 0.2: 0.4, 0.8, 0.2, 0.6
+    found = weigh("adaboost", {"largest": 0.8}).weight_B  # losses scaled by 0.2: 0.4, 0.8, 0.2, 0.6
     expected = [0.5 * math.log((1 + x) / (1 - x)) for x in (0.4, 0.8, 0.2, 0.6)]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_adaselection_by_hand():
-    options = ("methods=big-loss+small-loss", "beta=0.5", "curriculum=-0.5")
-    first = weigh("adaselection", *options)
+    options = {"methods": ["big-loss", "small-loss"], "beta": 0.5, "curriculum": -0.5}
+    first = weigh("adaselection", options)
     big = np.exp(LOSS) / np.exp(LOSS).sum()
     small = np.exp(-LOSS) / np.exp(-LOSS).sum()
     reward = np.exp(-LOSS / 30.0)  # t = 1; 4 + 16 + 1 + 9 = 30
     np.testing.assert_allclose(first.weight_B, reward * (0.5 * big + 0.5 * small), rtol=1e-12)
     assert first.state == {"weight": [0.5, 0.5], "loss": [3.5, 1.5]}  # means of {4, 3} and of {1, 2}
     loss = np.asarray([2.0, 2.0, 1.0, 3.0])
-    second = weigh("adaselection", *options, loss=loss, iteration=3, state=first.state)
+    second = weigh("adaselection", options, loss=loss, iteration=3, state=first.state)
     raw = np.asarray([0.5 * math.exp(0.5 * (3.5 - 2.5) / 3.5), 0.5 * math.exp(0.5 * (1.5 - 1.5) / 1.5)])
     weight = raw / raw.sum()
     np.testing.assert_allclose(second.state["weight"], weight, rtol=1e-12)
@@ -88,7 +92,7 @@ def test_adaselection_by_hand():
 @pytest.mark.parametrize("power", [-40, -9, 9, 40])
 def test_weights_of_any_power_can_be_drawn_by(power: float):
     weight = np.asarray([0.0, 1e-9, 1.0, 50.0])
-    found = weigh("es", f"power={power}", weight=weight).weight_B
+    found = weigh("es", {"power": power}, weight=weight).weight_B
     assert (found > 0).all()
     assert np.isfinite((found.sum() ** 1, 1 / found.min())).all()
     assert np.argmax(found) == (3 if power > 0 else 0)
@@ -105,10 +109,10 @@ def test_adaselection_outlives_a_first_loss_far_above_the_score_it_began_with():
 
 
 def test_adaselection_with_every_method_stays_finite():
-    options = ("methods=big-loss+small-loss+uniform+adaboost+coreset-1+coreset-2",)
+    options = {"methods": ["big-loss", "small-loss", "uniform", "adaboost", "coreset-1", "coreset-2"]}
     state = {}
     for iteration in range(200):
-        found = weigh("adaselection", *options, loss=LOSS * 0.97**iteration, iteration=iteration, state=state)
+        found = weigh("adaselection", options, loss=LOSS * 0.97**iteration, iteration=iteration, state=state)
         state = found.state
         assert np.isfinite(found.weight_B).all()
         assert sum(state["weight"]) == pytest.approx(1)
@@ -117,18 +121,17 @@ def test_adaselection_with_every_method_stays_finite():
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("adaselction", (), "There is no policy `adaselction`. Did you mean `adaselection`?"),
-        ("es", ("powr=2",), "There is no option `powr` of policy `es`. Did you mean `power`?"),
-        ("loss", ("a=1",), "There is no option `a` of policy `loss`. It has none."),
-        ("es", ("power",), "Option `power` of policy `es` must be `option=value`"),
-        ("es", ("power=high",), "must be of type float, but is 'high'"),
-        ("es", ("leave_out=1",), r"`leave_out` of policy `es` must be in \[0, 1\)"),
-        ("adaboost", ("largest=1",), r"`largest` of policy `adaboost` must be in \(0, 1\)"),
-        ("adaselection", ("methods=big-loss+es",), "`methods` of policy `adaselection` must be some of"),
-        ("adaselection", ("beta=2",), r"`beta` of policy `adaselection` must be in \[-1, 1\]"),
+        ("adaselction", {}, "There is no policy `adaselction`. Did you mean `adaselection`?"),
+        ("es", {"powr": 2}, "There is no option `powr` of policy `es`. Did you mean `power`?"),
+        ("loss", {"a": 1}, "There is no option `a` of policy `loss`. It has none."),
+        ("es", {"power": "high"}, "must be of type float, but is 'high'"),
+        ("es", {"leave_out": 1}, r"`leave_out` of policy `es` must be in \[0, 1\)"),
+        ("adaboost", {"largest": 1}, r"`largest` of policy `adaboost` must be in \(0, 1\)"),
+        ("adaselection", {"methods": "big-loss+es"}, "`methods` of policy `adaselection` must be some of"),
+        ("adaselection", {"beta": 2}, r"`beta` of policy `adaselection` must be in \[-1, 1\]"),
     ],
 )
-def test_what_cannot_be_made(name: str, options: tuple[str, ...], told: str):
+def test_what_cannot_be_made(name: str, options: dict[str, Any], told: str):
     with pytest.raises(ConfigError, match=told):
         POLICIES.make(name, options)
 
@@ -148,7 +151,7 @@ def test_other_packages_bring_policies_by_entry_point(monkeypatch: pytest.Monkey
     point = EntryPoint("newest-first", f"{__name__}:NewestFirst", "es_megatron.policies")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == "es_megatron.policies" else [])
     assert "newest-first" in POLICIES.names()
-    policy = POLICIES.make("newest-first", ["offset=3"])
+    policy = POLICIES.make("newest-first", {"offset": 3})
     assert policy.weigh(Evidence(LOSS, LOSS, None, 2, 0), {}).weight_B.tolist() == [3, 4, 5, 6]
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
 
 from es_megatron.algorithm.pruners import PRUNERS, Block
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
+from tests.es_config import es_config
 
 N = 1000
 
 
-def keys(name: str, *options: str, score, visits=None, uniform=None, mean=0.0, epoch=1) -> np.ndarray:
+def keys(name: str, options=MappingProxyType({}), *, score, visits=None, uniform=None, mean=0.0, epoch=1) -> np.ndarray:
     score = np.asarray(score, np.float32)
     visits = np.ones(len(score), np.uint8) if visits is None else np.asarray(visits, np.uint8)
     uniform = np.full(len(score), 0.5) if uniform is None else np.asarray(uniform)
@@ -36,7 +38,7 @@ def test_infobatch_keeps_what_is_not_below_the_mean_first():
 
 
 def test_ucb_by_hand():
-    found = keys("ucb", "c=2", score=[1.0, 1.0, 3.0, 0.1], visits=[1, 4, 4, 0], epoch=3)
+    found = keys("ucb", {"c": 2}, score=[1.0, 1.0, 3.0, 0.1], visits=[1, 4, 4, 0], epoch=3)
     bonus = [2 * math.sqrt(math.log(4) / visits) for visits in (1, 4, 4)]
     expected = [1 / (1 + score + more) for score, more in zip((1, 1, 3), bonus, strict=True)]
     np.testing.assert_allclose(found, [*expected, 0.0], rtol=1e-6)
@@ -52,12 +54,12 @@ def test_kakurenbo_hides_the_lowest_of_which_it_is_sure():
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("infobach", (), "There is no pruner `infobach`. Did you mean `infobatch`?"),
-        ("ucb", ("c=-1",), "`c` of pruner `ucb` must be >= 0"),
-        ("kakurenbo", ("confidence=0",), r"`confidence` of pruner `kakurenbo` must be in \(0, 1\]"),
+        ("infobach", {}, "There is no pruner `infobach`. Did you mean `infobatch`?"),
+        ("ucb", {"c": -1}, "`c` of pruner `ucb` must be >= 0"),
+        ("kakurenbo", {"confidence": 0}, r"`confidence` of pruner `kakurenbo` must be in \(0, 1\]"),
     ],
 )
-def test_what_cannot_be_made(name: str, options: tuple[str, ...], told: str):
+def test_what_cannot_be_made(name: str, options: dict[str, Any], told: str):
     with pytest.raises(ConfigError, match=told):
         PRUNERS.make(name, options)
 
@@ -65,7 +67,7 @@ def test_what_cannot_be_made(name: str, options: tuple[str, ...], told: str):
 def store_of(pruner: str, *options: str, ratio: float = 0.2) -> ScoreStore:
     """A store of one component with scores 0.001, 0.002, ..., 1.0, all seen."""
     manifest = Manifest((Component("a", "a", N, 1.0, "f"),), 8)
-    config = EvolvedSamplingConfig(preset="paper", pruner=pruner, pruner_options=options, pruning_ratio=ratio)
+    config = es_config(preset="paper", pruner=pruner, pruner_options=options, pruning_ratio=ratio)
     store = ScoreStore(manifest, config, RankGrid.alone())
     store.load(np.arange(1, N + 1, dtype=np.float32) / N, np.full(N, 3, np.uint8))
     return store

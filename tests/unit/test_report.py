@@ -17,7 +17,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from es_megatron.cli import main
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.metrics import plan_facts
 from es_megatron.core.plan import Layout, Plan, plan_run
 from es_megatron.core.step import StepRecord
@@ -29,6 +28,7 @@ from es_megatron.report.page import render
 from es_megatron.trainer import passes
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.metrics_file import NAME, MetricsFile, Stretch, read_metrics
+from tests.es_config import es_config
 from tests.ranks_helper import run_on_ranks
 from tests.small_run import settings_of, train, write_blend
 from tests.unit.naive import make_manifest
@@ -40,7 +40,7 @@ LAYOUT = Layout(8, 8, forward=0.01, backward=0.02, scoring_forward=0.01)
 
 
 def plan_of(manifest: Manifest = MANIFEST, **settings: Any) -> Plan:
-    return plan_run(EvolvedSamplingConfig(preset="paper", **settings), manifest, B, 4, 4 * manifest.total)
+    return plan_run(es_config(preset="paper", **settings), manifest, B, 4, 4 * manifest.total)
 
 
 def step(plan: Plan, number: int) -> tuple[StepRecord, Iteration, float]:

@@ -10,8 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from es_megatron.algorithm.pruning import prune
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core import epoch_pruning
 from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.errors import ConfigError
@@ -19,13 +17,14 @@ from es_megatron.rank_grid import RankGrid
 from es_megatron.scores import store as store_module
 from es_megatron.scores.store import ScoreStore, allocate
 from es_megatron.scores.threshold import find_bracket, mark_kept, sample_count
-from tests.unit.naive import make_manifest
+from tests.es_config import es_config
+from tests.unit.naive import make_manifest, prune
 
 ALONE = RankGrid.alone()
 
 
 def make(**settings: Any) -> ScoreStore:
-    config = EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": 0.3, "seed": 5, **settings})
+    config = es_config(preset="paper", **{"pruning_ratio": 0.3, "seed": 5, **settings})
     store = ScoreStore(make_manifest((70_001, 3, 5000)), config, ALONE)
     random = np.random.default_rng(0)
     visits = random.integers(0, 4, store.manifest.total).astype(np.uint8)
@@ -109,7 +108,7 @@ def test_scores_in_a_file_are_those_in_memory_and_leave_no_name(tmp_path):
 
 
 def test_a_folder_that_cannot_hold_the_scores_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="`score_folder` must be a folder with room for 4000 bytes"):
+    with pytest.raises(ConfigError, match=r"`scores\.folder` must be a folder with room for 4000 bytes"):
         allocate(1000, np.float32, str(tmp_path / "missing"))
     assert len(allocate(0, np.uint8, str(tmp_path))) == 0
 
@@ -123,7 +122,7 @@ def test_loaded_scores_are_not_copied():
 
 def test_sums_stay_exact_over_a_thousand_components():
     manifest = make_manifest([3 + number % 5 for number in range(1000)])
-    store = ScoreStore(manifest, EvolvedSamplingConfig(preset="paper", score_correction="debiased", beta2=0.8), ALONE)
+    store = ScoreStore(manifest, es_config(preset="paper", score_correction="debiased", beta2=0.8), ALONE)
     random = np.random.default_rng(0)
     for iteration in range(30):
         ids = random.integers(0, manifest.total, 700)

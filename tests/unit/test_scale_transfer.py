@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from es_megatron.checkpoint import ScoreRange, save_es_state
 from es_megatron.checkpoint.transfer import find_scores, plan_transfer, read_moved, saved_blend
 from es_megatron.checkpoint.warm_start import read_resumption, start_with_scores
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.data.schedule import Origin
 from es_megatron.errors import CheckpointError
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
+from tests.es_config import es_config
 
 ALONE = RankGrid.alone()
 
@@ -119,12 +119,12 @@ def test_scores_are_found_in_a_folder_a_checkpoint_and_a_run(tmp_path):
 
 def test_a_run_that_begins_with_scores_prunes_what_has_them(tmp_path):
     save(tmp_path / "es_state", blend(part("a", 500), part("c", 10)))
-    config = EvolvedSamplingConfig(preset="paper", pruning_ratio=0.2, initial_scores=str(tmp_path))
+    config = es_config(preset="paper", pruning_ratio=0.2, initial_scores=str(tmp_path))
     store = ScoreStore(blend(part("b", 40), part("a", 500)), config, ALONE)
     assert start_with_scores(store) == Origin(scored=("a",))
     assert store.visits[:40].max() == 0
     assert (store.score[40:] == 1 + 9700 + np.arange(500)).all()
-    empty = ScoreStore(blend(part("b", 40)), dataclasses.replace(config, initial_scores=None), ALONE)
+    empty = ScoreStore(blend(part("b", 40)), config.replaced({"scores.initial": None}), ALONE)
     assert start_with_scores(empty) == Origin()
 
 
@@ -139,7 +139,7 @@ def test_a_changed_blend_is_refused_unless_it_may_change(tmp_path):
         read_resumption(tmp_path, after, ALONE, keep_scores=False)
     found = read_resumption(tmp_path, after, ALONE, keep_scores=True)
     assert found.transfer is not None
-    store = ScoreStore(after, EvolvedSamplingConfig(preset="paper"), ALONE)
+    store = ScoreStore(after, es_config(preset="paper"), ALONE)
     assert found.start(store) == Origin(9, 77, ("a", "b"))
     assert store.visits.min() == 3
 

@@ -147,7 +147,7 @@ def test_exported_scores_come_back_by_import(tmp_path: Path, capsys: Any) -> Non
         str(T),
     ]
     assert main(command) == 0
-    assert "initial_scores=" in capsys.readouterr().out
+    assert "scores.initial=" in capsys.readouterr().out
     back = load_es_state(tmp_path / "back", blend.manifest.total, ALONE, blend.manifest.to_json())
     np.testing.assert_array_equal(back.score, score)
     np.testing.assert_array_equal(back.visits, visits)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from es_megatron.algorithm.pruning import kept_count, prune
+from es_megatron.algorithm.pruners import kept_count
 from es_megatron.algorithm.randomness import Purpose, uniforms
 from es_megatron.algorithm.selection import (
     assign,
@@ -25,7 +25,7 @@ from es_megatron.algorithm.selection import (
     race_keys,
 )
 from es_megatron.errors import LossError
-from tests.unit.naive import chi_square, draw_without_replacement, subset_probabilities
+from tests.unit.naive import chi_square, draw_without_replacement, prune, subset_probabilities
 
 WEIGHTS = [0.3, 1.0, 2.5, 0.7, 4.0]
 SUBSETS = list(itertools.combinations(range(5), 2))

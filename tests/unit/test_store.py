@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 
 from es_megatron.algorithm.evolution import MAX_VISITS
-from es_megatron.algorithm.pruning import kept_count, prune
+from es_megatron.algorithm.pruners import kept_count
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.epoch_pruning import EpochPruning
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
-from tests.unit.naive import make_manifest
+from tests.es_config import es_config
+from tests.unit.naive import make_manifest, prune
 
 SIZES = (300, 40, 3)
 
 
 def make(manifest: Manifest | None = None, **settings: Any) -> ScoreStore:
-    config = EvolvedSamplingConfig(preset="paper", **{"pruning_ratio": 0.3, "seed": 5, **settings})
+    config = es_config(preset="paper", **{"pruning_ratio": 0.3, "seed": 5, **settings})
     return ScoreStore(manifest or make_manifest(SIZES), config, RankGrid.alone())
 
 
@@ -139,7 +139,7 @@ def reference(store: ScoreStore, component: int, epoch: int, weight: Any) -> Any
     size = int(store.manifest.sizes[component])
     name = component_key(store.manifest.components[component].name)
     uniform = uniforms(store.config.seed, Purpose.PRUNE, name, epoch, 0, size)
-    return prune(weight, uniform, kept_count(size, store.config.pruning_ratio))
+    return prune(weight, uniform, kept_count(size, store.config.pruning.ratio))
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import ConfigError, LayoutError
 from es_megatron.trainer.settings import (
     DataSettings,
@@ -16,6 +15,7 @@ from es_megatron.trainer.settings import (
     check_layout,
     load_settings,
 )
+from tests.es_config import es_config
 
 MINIMAL = {"data": {"blend": "data/blend.yaml"}, "training": {"passes": 3}}
 
@@ -41,7 +41,7 @@ def test_a_minimal_file_gives_the_defaults(path):
     assert settings.data == DataSettings(blend=Path("data/blend.yaml"))
     assert settings.training == TrainingSettings(passes=3.0)
     assert settings.model == ModelSettings()
-    assert settings.evolved_sampling == EvolvedSamplingConfig()
+    assert settings.evolved_sampling == es_config()
 
 
 def test_overrides_win_and_may_open_a_section(path):

@@ -1,0 +1,30 @@
+"""Settings of Evolved Sampling in groups, checked once at construction, and their readers."""
+
+from __future__ import annotations
+
+from es_megatron.config.groups import (
+    Correction,
+    GuardSettings,
+    OrderSettings,
+    PruningSettings,
+    ScorerSettings,
+    ScoreSettings,
+    SelectionSettings,
+)
+from es_megatron.config.reading import build, require, require_choice
+from es_megatron.config.settings import PRESET_NAMES, EvolvedSamplingConfig
+
+__all__ = [
+    "PRESET_NAMES",
+    "Correction",
+    "EvolvedSamplingConfig",
+    "GuardSettings",
+    "OrderSettings",
+    "PruningSettings",
+    "ScoreSettings",
+    "ScorerSettings",
+    "SelectionSettings",
+    "build",
+    "require",
+    "require_choice",
+]

@@ -1,0 +1,190 @@
+"""Groups of settings, each checked once at construction; symbols are the paper's (arXiv 2509.23461)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from es_megatron.config.reading import require, require_choice
+from es_megatron.errors import ConfigError
+
+Kind = Literal["fresh", "history", "every-k", "prefix", "external"]
+Fallback = Literal["off", "uniform", "plain"]
+Granularity = Literal["sample", "microbatch"]
+Correction = Literal["paper", "debiased"]
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """How b of the B sequences of a meta-batch are chosen."""
+
+    keep_ratio: float = 0.5
+    """Share of the meta-batch that gets a backward pass, in (0, 1] (b/B). b must come out a multiple of micro-batch
+    size times data-parallel size. Preset `paper`: 0.25."""
+
+    policy: str = "es"
+    """How a meta-batch is chosen from: `es`, `uniform`, `loss`, `order`, `big-loss`, `small-loss`, `grad-norm`,
+    `adaboost`, `coreset-1`, `coreset-2`, `adaselection`, or the name of an entry point in `es_megatron.policies`."""
+
+    options: Mapping[str, Any] | None = None
+    """Options of the policy, by name (docs/policies.md has them). None: `power: 8` for policy `es`, else nothing.
+    Preset `paper`: nothing."""
+
+    anneal: float = 0.05
+    """Share of iterations at each end that train on the whole meta-batch, in [0, 0.5] (E_a / E)."""
+
+    parts: int = 1
+    """Parts of consecutive positions that a meta-batch is cut into, >= 1, to choose the same number from each: as if
+    that many smaller meta-batches had filled one batch for the optimizer (AdaSelection, Algorithm 2)."""
+
+    granularity: Granularity = "sample"
+    """`sample` chooses sequences and packs them into new micro-batches; `microbatch` chooses whole groups of
+    micro-batch-size consecutive positions by their mean weight."""
+
+    weight_floor: float = 0.0
+    """Lower bound of a weight as a share of the mean weight, in [0, 1]; above 0 every sample stays reachable."""
+
+    inclusion_weights: bool = False
+    """Weight chosen losses by one over their inclusion probability, so that the gradient is unbiased."""
+
+    max_bad_losses: float = 0.1
+    """Share of a meta-batch that may have a non-finite loss, in [0, 1], before the run stops."""
+
+    budget: float | None = None
+    """What the run may cost, as a share of the plain run's forward and backward work (backward = 2 forward), in (0, 1].
+    `keep_ratio` is not read: as many sequences are chosen as reach it, and the run is cut to it; `plain` ignores it."""
+
+    def __post_init__(self) -> None:
+        """Check every field and their combinations."""
+        require(0 < self.keep_ratio <= 1, "selection.keep_ratio", "in (0, 1]", self.keep_ratio)
+        require(0 <= self.anneal <= 0.5, "selection.anneal", "in [0, 0.5]", self.anneal)
+        require(self.parts >= 1, "selection.parts", ">= 1", self.parts)
+        require_choice("selection.granularity", self.granularity, Granularity)
+        require(0 <= self.weight_floor <= 1, "selection.weight_floor", "in [0, 1]", self.weight_floor)
+        require(0 <= self.max_bad_losses <= 1, "selection.max_bad_losses", "in [0, 1]", self.max_bad_losses)
+        require(self.budget is None or 0 < self.budget <= 1, "selection.budget", "in (0, 1]", self.budget)
+        if self.granularity == "microbatch" and (self.inclusion_weights or self.parts > 1):
+            name = "inclusion_weights" if self.inclusion_weights else "parts"
+            raise ConfigError(
+                f"`selection.{name}` must be off with `granularity: microbatch`: it is about single sequences. "
+                "Use `granularity: sample`."
+            )
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """Where the losses come from that a meta-batch is chosen by."""
+
+    kind: Kind = "history"
+    """`fresh` (a forward pass over every meta-batch, the paper), `history` (no extra pass: the stored scores choose,
+    training forwards update them), `every-k` (fresh on every `every`-th iteration, history between), `prefix` (a
+    forward pass over the first `prefix_share` of each sequence's tokens), `external` (the initial scores choose, and
+    never change). Preset `paper`: `fresh`."""
+
+    every: int = 4
+    """Period of the fresh passes of `every-k`, in iterations, >= 1."""
+
+    prefix_share: float = 0.125
+    """Share of a sequence's tokens that the `prefix` scorer reads, in (0, 1], rounded up to a multiple of 8 tokens."""
+
+    micro_batch_size: int | None = None
+    """Sequences in a micro-batch of the scoring pass, which needs no activations kept; None: the training size."""
+
+    cost: float | None = None
+    """What a scoring pass over a whole sequence costs in forward passes, where training on it costs 3, above 0; as
+    measured, that is 3 * scoring / (forward + backward) seconds. Budget and guard count with it. None: 1."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require_choice("scorer.kind", self.kind, Kind)
+        require(self.every >= 1, "scorer.every", ">= 1", self.every)
+        require(0 < self.prefix_share <= 1, "scorer.prefix_share", "in (0, 1]", self.prefix_share)
+        size = self.micro_batch_size
+        require(size is None or size >= 1, "scorer.micro_batch_size", ">= 1", size)
+        require(self.cost is None or self.cost > 0, "scorer.cost", "above 0", self.cost)
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How scores evolve, where they start, and where they are kept."""
+
+    beta1: float = 0.2
+    """Share of the old score in the sampling weight, in [0, 1] (beta_1 of eq. 2.5)."""
+
+    beta2: float | None = None
+    """Decay of the score, in [0, 1) (beta_2 of eq. 2.5). None: the paper's 0.9 without pruning, 0.8 with it."""
+
+    correction: Correction | None = None
+    """`paper` uses scores as stored; `debiased` takes the start value 1/n out, (s - beta2^k/n) / (1 - beta2^k) after k
+    visits, and counts unseen samples as the mean of those seen of their component (of all, if none is). None: `paper`
+    for `fresh` and `prefix`, `debiased` where history chooses, since with raw scores what was never seen would hardly
+    ever be chosen."""
+
+    initial: str | None = None
+    """Folder of scores to begin with, from another run's checkpoint or made by `es-megatron scores import`; components
+    are matched by name and fingerprint. Those whose samples nearly all have a score are pruned from epoch 0 on."""
+
+    folder: str | None = None
+    """Folder in which each rank maps its scores from an unnamed file (5 bytes a sample); None: in memory."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require(0 <= self.beta1 <= 1, "scores.beta1", "in [0, 1]", self.beta1)
+        require(self.beta2 is None or 0 <= self.beta2 < 1, "scores.beta2", "in [0, 1)", self.beta2)
+        if self.correction is not None:
+            require_choice("scores.correction", self.correction, Correction)
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """What epochs leave out (ESWP)."""
+
+    ratio: float = 0.0
+    """Share of every component left out of each of its pruned epochs, in [0, 1) (r). 0 is ES, above it ESWP."""
+
+    pruner: str = "eswp"
+    """What epochs keep where `ratio` is above 0: `eswp`, `random`, `infobatch`, `ucb`, `kakurenbo`, or the name of an
+    entry point in `es_megatron.pruners`."""
+
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Options of the pruner, by name."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require(0 <= self.ratio < 1, "pruning.ratio", "in [0, 1)", self.ratio)
+
+
+@dataclass(frozen=True)
+class OrderSettings:
+    """The order of the data, and the kept masks that it reads."""
+
+    mask_lag: int = 8
+    """Iterations between the scores that decide an epoch's kept mask and its first draw, >= 1; at least what the data
+    loader prefetches."""
+
+    mask_folder: str | None = None
+    """Node-local folder, such as `/dev/shm`, in which the ranks of a node share kept masks (1.15 bits a sample); None:
+    each rank holds its own."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require(self.mask_lag >= 1, "order.mask_lag", ">= 1", self.mask_lag)
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What a run falls back to when selection does not pay."""
+
+    fallback: Fallback = "off"
+    """`uniform` (no more scoring passes, and as many more sequences at random as they cost) or `plain` (whole
+    meta-batches). Judged by the weights of `window` iterations: they must be worth more than a scoring pass costs
+    (Katharopoulos & Fleuret 2018)."""
+
+    window: int = 50
+    """Selecting iterations before the guard may judge, and of its average, >= 1."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require_choice("guard.fallback", self.fallback, Fallback)
+        require(self.window >= 1, "guard.window", ">= 1", self.window)
