@@ -90,7 +90,7 @@ def megatron(samples: int, components: int) -> dict[str, Any]:
 
     Rows are then looked up in them; upstream does so sample by sample, here all at once.
     """
-    from megatron.core.datasets import helpers_cpp
+    from megatron.core.datasets import helpers_cpp  # pyright: ignore[reportAttributeAccessIssue] - compiled on first use
 
     weights = np.asarray([component.weight for component in blend(components, 3_700_000_000).components])
     weights = weights / weights.sum()

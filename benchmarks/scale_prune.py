@@ -11,7 +11,7 @@ from benchmarks.scale_measure import measured
 from es_megatron.algorithm.pruners import kept_count
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.config import EvolvedSamplingConfig
-from es_megatron.core.epoch_pruning import EpochPruning, Scale
+from es_megatron.core.epoch_pruning import EpochPruning, Rows, Scale
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.store import ScoreStore
@@ -107,7 +107,8 @@ class SharePruning(EpochPruning):
         score, visits = self.store.score, self.store.visits
         slots = np.linspace(0, len(score) - 1, sample_count(self.store.manifest.total)).astype(np.int64)
         uniform = np.random.default_rng(0).random(len(slots))
-        return self._key(score[slots], visits[slots], uniform, epoch, scale)
+        rows = Rows(score[slots], visits[slots], np.zeros(len(slots), np.float32), uniform)
+        return self._key(rows, component, epoch, scale)
 
 
 def share(samples: int, ranks: int) -> dict[str, Any]:

@@ -69,7 +69,6 @@ def _evolve(grid: RankGrid, samples: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"step": [], "exchange": [], "losses_alone": [], "debiased_step": []}
     random = np.random.default_rng(0)
     own = np.arange(META_BATCH) % grid.dp_size == grid.dp_rank
-    component = np.zeros(META_BATCH, np.int64)
     for iteration in range(STEPS):
         ids = random.integers(0, samples, META_BATCH)
         loss = np.where(own, random.lognormal(0.5, 0.3, META_BATCH), 0).astype(np.float32)
@@ -78,7 +77,7 @@ def _evolve(grid: RankGrid, samples: int) -> dict[str, Any]:
             began = time.perf_counter()
             found, shared = each.exchange(ids, loss)
             exchanged = time.perf_counter()
-            each.evolve(iteration, ids, found, each.usable(component, found), shared)
+            each.evolve(iteration, ids, found, shared)
             each.commit(iteration)
             times[name].append(time.perf_counter() - began)
             if name == "step":

@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from es_megatron.forecast import command as plan
     from es_megatron.launch import command as launch
     from es_megatron.prepare import command as prepare
+    from es_megatron.reference import command as reference
     from es_megatron.report import command as report
     from es_megatron.score_files import command as scores
     from es_megatron.trainer import command as pretrain
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("unpatch", undo, undo.run_unpatch),
         ("doctor", doctor, doctor.run_doctor),
         ("scores", scores, scores.run_scores),
+        ("reference", reference, reference.run_reference),
     ):
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(command)

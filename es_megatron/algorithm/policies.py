@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from es_megatron.algorithm.margin import RULES, Against, judge, make_rule
 from es_megatron.algorithm.registry import Registry
 from es_megatron.errors import ConfigError
 
@@ -41,13 +42,16 @@ class Evidence(NamedTuple):
     chosen: int
     """How many are going to be chosen (b)."""
     iteration: int
+    against: Against | None = None
+    """Reference losses, for policies that need them."""
 
 
 class Weighed(NamedTuple):
     """What a policy says."""
 
     weight_B: Float64
-    """Above 0 and finite for those that draw, any finite number for those that rank."""
+    """Above 0 and finite for those that draw, their logarithms for `logarithmic` ones; any finite number for those
+    that rank."""
     state: State
 
 
@@ -58,6 +62,12 @@ class Policy(ABC):
     """Whether weights enter a race, or the largest win."""
     needs_norm = False
     """Whether the scoring pass has to tell the bound of gradient norms."""
+    needs_reference = False
+    """Whether it needs the losses of a reference (`reference.folder`)."""
+    logarithmic = False
+    """Whether its weights are logarithms, -inf for what is never to be chosen."""
+    ceiling: float | None = None
+    """Share of a component with the highest reference losses whose lower bound it asks for."""
 
     @property
     def excludes(self) -> bool:
@@ -67,6 +77,10 @@ class Policy(ABC):
     @abstractmethod
     def weigh(self, evidence: Evidence, state: State) -> Weighed:
         """Weigh the sequences of a meta-batch; empty state at the first call."""
+
+    def margin(self, loss_N: Float64, against: Against) -> Float64:
+        """What is left to learn, float64[N], -inf for nothing; pruners ask it of policies with a reference."""
+        raise NotImplementedError
 
 
 POLICIES: Registry[Policy] = Registry(Policy, "policy", "es_megatron.policies")
@@ -299,3 +313,63 @@ def softmax(values_MB: npt.NDArray[Any]) -> Float64:
     """Softmax over the last axis."""
     shifted_MB = np.exp(values_MB - values_MB.max(axis=-1, keepdims=True))
     return shifted_MB / shifted_MB.sum(axis=-1, keepdims=True)
+
+
+@POLICIES.register("reducible")
+@dataclass(frozen=True)
+class ReduciblePolicy(Policy):
+    """Draw by what is left to learn: weight exp(k x), x the margin of a loss over a reference's (`margin.py`)."""
+
+    rule: str = "excess"
+    """What the margin is: `excess`, `residual`, `band` or `static`."""
+    k: float = 8.0
+    """Sharpness of the draw per nat, > 0; `band` draws evenly."""
+    highest: float = 0.2
+    """Share of a component with the highest reference losses that `band` leaves out, in [0, 1)."""
+    known: float = 1.0
+    """How far below the fitted line a loss is known by heart for `band`, in nats, > 0."""
+    ranks: bool = False
+    """Whether the b largest margins are taken, in place of a draw."""
+
+    needs_reference = True
+    logarithmic = True
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.rule not in RULES:
+            raise ConfigError(
+                f"Option `rule` of policy `reducible` must be one of {', '.join(RULES)}, but is {self.rule} instead."
+            )
+        for name, value, allowed in (
+            ("k", self.k, self.k > 0),
+            ("highest", self.highest, 0 <= self.highest < 1),
+            ("known", self.known, self.known > 0),
+        ):
+            if not allowed:
+                limits = "in [0, 1)" if name == "highest" else "above 0"
+                raise ConfigError(f"Option `{name}` of policy `reducible` must be {limits}, but is {value} instead.")
+
+    @property
+    def draws(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Unless it ranks."""
+        return not self.ranks
+
+    @property
+    def ceiling(self) -> float | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """For `band` alone."""
+        return self.highest if self.excludes else None
+
+    @property
+    @override
+    def excludes(self) -> bool:
+        return make_rule(self.rule, self.known).excludes
+
+    @override
+    def weigh(self, evidence: Evidence, state: State) -> Weighed:
+        assert evidence.against is not None  # the engine sees to it
+        return Weighed(self.k * self.margin(evidence.estimate_B, evidence.against), state)
+
+    @override
+    def margin(self, loss_N: Float64, against: Against) -> Float64:
+        found = judge(make_rule(self.rule, self.known), loss_N, against)
+        return np.where(found.left_out_N, -np.inf, found.margin_N)

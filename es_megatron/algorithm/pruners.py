@@ -25,6 +25,9 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 UInt8 = npt.NDArray[np.uint8]
 
+LARGEST_EXPONENT = 500.0
+"""Exponents of weights are held within this, so that keys are neither 0 nor infinite."""
+
 
 class Block(NamedTuple):
     """What is known of some samples of a component."""
@@ -37,6 +40,8 @@ class Block(NamedTuple):
     mean: float
     """Mean used score of the component's seen samples; 0 where the pruner does not need it."""
     epoch: int
+    margin_N: Float64 | None = None
+    """What is left to learn against a reference, in nats, where the run has one."""
 
 
 class Pruner(ABC):
@@ -46,6 +51,8 @@ class Pruner(ABC):
     """Whether `Block.mean` has to be known, which takes a small collective."""
     rescales = False
     """Whether kept samples with a score below the mean stand for those that were left out, by their loss's weight."""
+    takes_margin = False
+    """Whether it looks at `Block.margin_N`."""
     corrects_rate = False
     """Whether the learning rate is raised by n / m in its epochs."""
 
@@ -60,11 +67,27 @@ PRUNERS: Registry[Pruner] = Registry(Pruner, "pruner", "es_megatron.pruners")
 @PRUNERS.register("eswp")
 @dataclass(frozen=True)
 class ScoreRacePruner(Pruner):
-    """Draw what is kept proportionally to the scores (Evolved Sampling with pruning, Algorithm 1)."""
+    """Draw what is kept proportionally to the scores (Evolved Sampling with pruning, Algorithm 1).
+
+    With a reference, proportionally to exp(sharpness x), x what is left to learn.
+    """
+
+    sharpness: float = 1.0
+    """Of the draw by what is left to learn, per nat, > 0; without a reference it is not read."""
+
+    takes_margin = True
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.sharpness <= 0:
+            raise ConfigError(f"Option `sharpness` of pruner `eswp` must be above 0, but is {self.sharpness} instead.")
 
     @override
     def keys(self, block: Block) -> Float64:
-        return race_keys(block.score_N, block.uniform_N)
+        if block.margin_N is None:
+            return race_keys(block.score_N, block.uniform_N)
+        exponent_N = np.clip(self.sharpness * block.margin_N, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+        return race_keys(np.exp(exponent_N), block.uniform_N)
 
 
 @PRUNERS.register("random")

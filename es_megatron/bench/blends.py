@@ -12,10 +12,11 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from es_megatron.bench.documents import ComponentTexts, derive, read_parts
+from es_megatron.bench.documents import ComponentTexts, derive, read_parts, set_aside
 from es_megatron.bench.recipe import Recipe, digest, identity
 from es_megatron.bench.runs import CaseBlend
 from es_megatron.errors import DataError
+from es_megatron.frameworks.blend_file import read_blend_file
 from es_megatron.prepare.command import PrepareSettings, prepare, summarise
 from es_megatron.prepare.demo_corpus import write_demo_corpora
 from es_megatron.prepare.output_folder import appearing_folder
@@ -39,12 +40,23 @@ def make_blend(name: str, recipe: Recipe, data: Path, wikitext: Path | None) -> 
             raise DataError(f"Blend file `{recipe.blend}` of `{name}` does not exist: prepare it, or correct the path.")
         return CaseBlend(recipe.blend, told)
     folder = data / f"{name}-{digest(told)}"
-    if not (folder / "blend.yaml").is_file():
+    apart_folder = apart_of(folder / "blend.yaml").parent
+    wanted = [folder, *([apart_folder] if recipe.set_aside else [])]
+    if not all((each / "blend.yaml").is_file() for each in wanted):
         with _in_turn(data):
-            if not (folder / "blend.yaml").is_file():
+            if not all((each / "blend.yaml").is_file() for each in wanted):
                 demo = demo_texts(data) if recipe.demo else data
-                _prepare(derive(read_parts(recipe, demo, wikitext), recipe), recipe, folder)
+                parts, apart = set_aside(read_parts(recipe, demo, wikitext), recipe)
+                if not (folder / "blend.yaml").is_file():
+                    _prepare(derive(parts, recipe), recipe, folder)
+                if apart:
+                    _prepare(apart, recipe, apart_folder, folder)
     return CaseBlend(folder / "blend.yaml", told)
+
+
+def apart_of(blend: Path) -> Path:
+    """Blend file of the text that a recipe sets aside, given that of what is trained on."""
+    return blend.parent.with_name(f"{blend.parent.name}-apart") / blend.name
 
 
 @contextmanager
@@ -68,7 +80,13 @@ def demo_texts(data: Path) -> Path:
     return folder
 
 
-def _prepare(parts: Sequence[ComponentTexts], recipe: Recipe, folder: Path) -> None:
+def tokenizer_of(blend: Path) -> Path:
+    """The tokenizer of a blend that was prepared here."""
+    return blend.parent / str(read_blend_file(blend).tokenizer)
+
+
+def _prepare(parts: Sequence[ComponentTexts], recipe: Recipe, folder: Path, like: Path | None = None) -> None:
+    """Prepare parts; with the tokenizer of the blend in folder `like`, and nothing held out, where one is given."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".texts-") as texts:
         for part in parts:
             with Path(texts, f"{part.name}.jsonl").open("w", encoding="utf-8") as file:
@@ -77,8 +95,9 @@ def _prepare(parts: Sequence[ComponentTexts], recipe: Recipe, folder: Path) -> N
             output=folder,
             components=tuple(f"{part.name}={texts}/{part.name}.jsonl" for part in parts),
             train_only=tuple(part.name for part in parts if not part.evaluated),
-            vocab_size=recipe.vocab_size,
-            validation_share=recipe.validation_share,
+            vocab_size=recipe.vocab_size if like is None else None,
+            tokenizer=None if like is None else tokenizer_of(like / "blend.yaml"),
+            validation_share=recipe.validation_share if like is None else 0.0,
             workers=1,
             progress=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from es_megatron.bench import table
 from es_megatron.bench.blends import make_blend
 from es_megatron.bench.crew import Answer, Crew
 from es_megatron.bench.plots import draw
+from es_megatron.bench.reference_models import forward_flops, make_reference, read_price, vocabulary_of
 from es_megatron.bench.results import conclude
 from es_megatron.bench.runs import (
     CaseBlend,
@@ -23,11 +25,14 @@ from es_megatron.bench.runs import (
     open_tasks,
     prepare_folder,
     read_outcome,
+    reference_of,
     searched,
     settings_of,
     write_settings,
 )
 from es_megatron.bench.spec import Spec
+from es_megatron.config import build
+from es_megatron.trainer.model_settings import ModelSettings
 
 
 class Comparison:
@@ -52,7 +57,33 @@ class Comparison:
         }
         self._blends: Mapping[str, CaseBlend] = {name: made[case.blend] for name, case in spec.cases.items()}
         check_arms(spec, self._blends)
+        self._blends = {name: self._with_references(name, blend) for name, blend in self._blends.items()}
         self.outcomes: dict[Task, Outcome] = {}
+
+    def _with_references(self, case: str, blend: CaseBlend) -> CaseBlend:
+        """Make the reference models that the case's arms name."""
+        found: dict[str, Path] = {}
+        for arm in self.spec.arms:
+            settings = settings_of(self.spec, Task(case, arm, self.spec.learning_rates[0], 0), blend, self.directory)
+            name = reference_of(settings)
+            if name in self.spec.reference_models and name not in found:
+                length = int(settings["model"].get("seq_length", ModelSettings.seq_length))
+                found[name] = make_reference(name, self.spec.reference_models[name], blend, length)
+        return dataclasses.replace(blend, references=found)
+
+    def _charges(self) -> dict[tuple[str, str], float]:
+        """What the reference of each case's arm cost, in forward passes of the run over a sequence."""
+        found: dict[tuple[str, str], float] = {}
+        for case, blend in self._blends.items():
+            for arm in self.spec.arms:
+                settings = settings_of(
+                    self.spec, Task(case, arm, self.spec.learning_rates[0], 0), blend, self.directory
+                )
+                losses = next((path for path in blend.references.values() if str(path) == reference_of(settings)), None)
+                if losses is not None:
+                    model = build(ModelSettings, settings["model"], "model")
+                    found[case, arm] = read_price(losses).flops / forward_flops(model, vocabulary_of(blend.file))
+        return found
 
     def find(self, *, failures: bool) -> None:
         """Take what has ended: searches first, since they say at which rate the paired runs are.
@@ -114,7 +145,7 @@ class Comparison:
 
     def report(self) -> bool:
         """Print the tables; write them, plots, and JSON with everything; returns whether a run has failed."""
-        results = conclude(self.spec, self.outcomes)
+        results = conclude(self.spec, self.outcomes, self._charges())
         text = table.render(results)
         written = {
             "table.txt": text,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +112,19 @@ def _open(path: Path) -> Iterator[str]:
         yield from file
 
 
+def set_aside(parts: Sequence[ComponentTexts], recipe: Recipe) -> tuple[list[ComponentTexts], list[ComponentTexts]]:
+    """Split a recipe's share of the training documents off, as they are: what is left, and what is apart."""
+    random = np.random.default_rng([recipe.seed, 4])
+    places = _training(parts, recipe.validation_share)
+    order = random.permutation(len(places))[: round(recipe.set_aside * len(places))]
+    gone = {places[chosen] for chosen in order.tolist()}
+    apart = [
+        part._replace(texts=[text for at, text in enumerate(part.texts) if DocumentPlace(number, at) in gone])
+        for number, part in enumerate(parts)
+    ]
+    return _without(parts, gone), [part for part in apart if part.texts]
+
+
 def derive(parts: Sequence[ComponentTexts], recipe: Recipe) -> list[ComponentTexts]:
     """Apply what a recipe asks for; the same documents and recipe give the same parts."""
     found = list(parts)
@@ -138,10 +151,14 @@ def damage(parts: list[ComponentTexts], settings: Damage, recipe: Recipe) -> lis
     order = random.permutation(len(places))[: round(settings.share * len(places))]
     kinds: list[DamageKind] = list(settings.kinds)  # pyright: ignore[reportAssignmentType] - the recipe has checked them
     copies: list[list[str]] = [[] for _ in kinds]
+    replaced: dict[DocumentPlace, str] = {}
     for turn, chosen in enumerate(order.tolist()):
         kind = turn % len(kinds)
         place = places[chosen]
         copies[kind].append(KINDS[kinds[kind]](parts[place.part].texts[place.number], random))
+        replaced[place] = copies[kind][-1]
+    if settings.inside:
+        return _with(parts, replaced, recipe.validation_share)
     rest = _without(parts, {places[chosen] for chosen in order.tolist()})
     made = [ComponentTexts(f"damaged-{kind}", texts, False) for kind, texts in zip(kinds, copies, strict=True)]
     return rest + [part for part in made if part.texts]
@@ -163,6 +180,9 @@ def duplicate(parts: list[ComponentTexts], settings: Duplicates, recipe: Recipe)
     copies = [
         change_words(originals[turn % len(originals)], words, settings.changed, random) for turn in range(len(replaced))
     ]
+    if settings.inside:
+        found = {places[at]: copy for at, copy in zip(replaced, copies, strict=True)}
+        return _with(parts, found, recipe.validation_share)
     return [*_without(parts, {places[at] for at in replaced}), ComponentTexts("near-copies", copies, False)]
 
 
@@ -190,6 +210,18 @@ def _training(parts: Sequence[ComponentTexts], share: float) -> list[DocumentPla
 def held_out(texts: Sequence[str], share: float) -> NDArray[np.bool_]:
     """Which documents `es-megatron prepare` will hold out."""
     return corpora.choose_validation(np.asarray([corpora.hash_text(text) for text in texts], np.uint64), share)
+
+
+def _with(parts: Sequence[ComponentTexts], new: Mapping[DocumentPlace, str], share: float) -> list[ComponentTexts]:
+    """Parts with other texts at some places, none of which will be held out: a line break more moves a text's hash."""
+    found: list[ComponentTexts] = []
+    for number, part in enumerate(parts):
+        texts = [new.get(DocumentPlace(number, at), text) for at, text in enumerate(part.texts)]
+        for at in range(len(texts)):
+            while DocumentPlace(number, at) in new and held_out([texts[at]], share)[0]:
+                texts[at] += "\n"
+        found.append(part._replace(texts=texts))
+    return found
 
 
 def _without(parts: Sequence[ComponentTexts], gone: set[DocumentPlace]) -> list[ComponentTexts]:

@@ -19,13 +19,17 @@ DamageKind = Literal["words", "characters", "boilerplate", "sentences"]
 
 @dataclass(frozen=True)
 class Damage:
-    """Training documents replaced by damaged copies, each kind as a component `damaged-KIND` of its own."""
+    """Training documents replaced by damaged copies."""
 
     share: float = 0.3
     """Share of the training documents that are replaced, in (0, 1), in equal parts for each kind."""
 
     kinds: tuple[str, ...] = typing.get_args(DamageKind)
     """`words` shuffled, `characters` garbled, `boilerplate` repeated instead of the text, `sentences` shuffled."""
+
+    inside: bool = False
+    """Whether a copy stays in its document's component, as damage does in the world, or each kind is a component
+    `damaged-KIND` of its own, which tells in the tables what was chosen."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -47,6 +51,9 @@ class Duplicates:
 
     changed: float = 0.05
     """Share of a copy's words that are other words, in [0, 1]."""
+
+    inside: bool = False
+    """Whether a copy stays in the component of the document that it replaces; else they are `near-copies`."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -101,6 +108,9 @@ class Recipe:
     validation_share: float = 0.1
     """Share of the documents held out, in (0, 1)."""
 
+    set_aside: float = 0.0
+    """Share of the training documents that no arm trains on, in [0, 1): text for clean reference models."""
+
     seed: int = 0
     """Of what is done to the documents, >= 0."""
 
@@ -125,6 +135,7 @@ class Recipe:
             parse_component(argument)
         require(0 < self.validation_share < 1, "validation_share", "in (0, 1)", self.validation_share)
         require(self.max_megabytes is None or self.max_megabytes > 0, "max_megabytes", "above 0", self.max_megabytes)
+        require(0 <= self.set_aside < 1, "set_aside", "in [0, 1)", self.set_aside)
         require(self.seed >= 0, "seed", ">= 0", self.seed)
         others = [field for field in fields(self) if field.name != "blend"]
         if self.blend is not None and any(getattr(self, field.name) != field.default for field in others):

@@ -58,6 +58,8 @@ class ArmResult:
     """Of the plain run with calibrated units, mean over seeds, as a share."""
     nominal_cost: float
     """The same with backward = 2 forward."""
+    reference: float
+    """What training a reference and scoring the blend with it cost, nominally, as a share of the plain run's cost."""
     off: Mapping[str, float]
     """Cost against the arm it claims to equal, minus 1, by unit; of those beyond the tolerance."""
     seconds: float
@@ -114,13 +116,21 @@ class Results:
     """Runs that have ended, failed ones among them."""
 
 
-def conclude(spec: Spec, outcomes: Outcomes) -> Results:
-    """Put together what the finished runs say."""
+def conclude(spec: Spec, outcomes: Outcomes, charges: Mapping[tuple[str, str], float] | None = None) -> Results:
+    """Put together what the finished runs say.
+
+    Args:
+        spec: of the comparison.
+        outcomes: of the runs that have ended.
+        charges: cost of a reference by case and arm, in forward passes of the run over a sequence.
+    """
     measured = [units_of(outcome.summary["layout"]) for outcome in outcomes.values() if outcome.summary]
     backward, scoring = zip(*(measured or [NOMINAL]), strict=True)
     units = Units(middles.median(backward), middles.median(scoring))
     ranges = (min(backward), max(backward)), (min(scoring), max(scoring))
-    return Results(spec, units, ranges, [_case(spec, outcomes, case, units) for case in spec.cases], len(outcomes))
+    return Results(
+        spec, units, ranges, [_case(spec, outcomes, case, units, charges or {}) for case in spec.cases], len(outcomes)
+    )
 
 
 def units_of(layout: Mapping[str, Any]) -> Units:
@@ -140,8 +150,15 @@ def cost_share(summary: Mapping[str, Any], units: Units) -> float:
     return total / (float(summary["plain_iterations"]) * float(summary["meta_batch"]) * trained)
 
 
-def _case(spec: Spec, outcomes: Outcomes, case: str, units: Units) -> CaseResult:
-    arms = {arm: _arm(spec, outcomes, case, arm, units) for arm in spec.arms}
+def plain_forwards(summary: Mapping[str, Any]) -> float:
+    """What the plain run costs nominally, in forward passes over a sequence, given a run's summary."""
+    return float(summary["plain_iterations"]) * float(summary["meta_batch"]) * (1.0 + NOMINAL.backward)
+
+
+def _case(
+    spec: Spec, outcomes: Outcomes, case: str, units: Units, charges: Mapping[tuple[str, str], float]
+) -> CaseResult:
+    arms = {arm: _arm(spec, outcomes, case, arm, units, charges.get((case, arm), 0.0)) for arm in spec.arms}
     for name, result in arms.items():
         off = _off(arms[spec.equal_cost[0]], result) if name in spec.equal_cost else {}
         others = [reference for reference in spec.references if reference != name]
@@ -160,7 +177,7 @@ def _case(spec: Spec, outcomes: Outcomes, case: str, units: Units) -> CaseResult
     return CaseResult(case, arms)
 
 
-def _arm(spec: Spec, outcomes: Outcomes, case: str, arm: str, units: Units) -> ArmResult:
+def _arm(spec: Spec, outcomes: Outcomes, case: str, arm: str, units: Units, charge: float) -> ArmResult:
     """What an arm's own runs say."""
     rate = best_rate(spec, outcomes, case, arm)
     tasks = [Task(case, arm, rate, seed) for seed in spec.seeds] if rate is not None else []
@@ -179,6 +196,7 @@ def _arm(spec: Spec, outcomes: Outcomes, case: str, arm: str, units: Units) -> A
         passes=_mean([middles.fmean(summary["passes"].values()) for summary in done.values()]),
         cost=_mean([cost_share(summary, units) for summary in done.values()]),
         nominal_cost=_mean([cost_share(summary, NOMINAL) for summary in done.values()]),
+        reference=_mean([charge / plain_forwards(summary) for summary in done.values()]),
         off={},
         seconds=_mean([float(summary["seconds"]["step"]) for summary in done.values()]),
         trained=_mean([float(summary["tokens_trained"]) for summary in done.values()]),

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +17,7 @@ import yaml
 
 from es_megatron.bench.spec import Overrides, Spec, mapping
 from es_megatron.checkpoint.es_state import read_manifest
+from es_megatron.checkpoint.reference_losses import fingerprint_of
 from es_megatron.checkpoint.transfer import find_scores
 from es_megatron.config import build
 from es_megatron.data.manifest import Manifest
@@ -66,6 +67,8 @@ class CaseBlend:
 
     file: Path
     identity: Mapping[str, Any]
+    references: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Losses of the spec's reference models for this blend, by name."""
 
 
 def settings_of(spec: Spec, task: Task, blend: CaseBlend, folder: Path) -> dict[str, Any]:
@@ -90,8 +93,17 @@ def settings_of(spec: Spec, task: Task, blend: CaseBlend, folder: Path) -> dict[
         "run.progress": False,
     }
     apply(made, own)
+    reference = reference_of(made)
+    if reference in blend.references:
+        made["evolved_sampling"]["reference"]["folder"] = str(blend.references[reference])
     build(PretrainSettings, made, f"{spec.path}: arm {task.arm}")
     return made
+
+
+def reference_of(settings: Mapping[str, Any]) -> Any:
+    """`evolved_sampling.reference.folder` of a run's settings, or nothing."""
+    group = (settings.get("evolved_sampling") or {}).get("reference") or {}
+    return group.get("folder") if isinstance(group, dict) else group  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
 
 
 def apply(sections: dict[str, Any], overrides: Overrides) -> None:
@@ -112,7 +124,7 @@ def apply(sections: dict[str, Any], overrides: Overrides) -> None:
 def identity_of(settings: Mapping[str, Any], blend: CaseBlend) -> dict[str, Any]:
     """What must be equal for a finished run to count: its settings with all defaults, its data, and the versions.
 
-    Not where anything stands: initial scores are told by their content.
+    Not where anything stands: initial scores and reference losses are told by their content.
 
     Raises:
         CheckpointError: there are no such initial scores.
@@ -123,6 +135,9 @@ def identity_of(settings: Mapping[str, Any], blend: CaseBlend) -> dict[str, Any]
     scores = told["evolved_sampling"]["scores"]["initial"]
     if scores is not None:
         told["evolved_sampling"]["scores"]["initial"] = scores_identity(Path(scores))
+    reference = told["evolved_sampling"]["reference"]["folder"]
+    if reference is not None and Path(reference).is_dir():
+        told["evolved_sampling"]["reference"]["folder"] = fingerprint_of(read_manifest(find_scores(Path(reference))))
     versions = {name: importlib.metadata.version(name) for name in ("es_megatron", "torch", "megatron-core")}
     return json.loads(json.dumps({"settings": told, "blend": blend.identity, "versions": versions}, default=str))
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 
 from es_megatron.bench.recipe import Recipe
-from es_megatron.config import build, require
+from es_megatron.config import build, require, require_choice
 from es_megatron.config.names import grouped, override_path
 from es_megatron.errors import ConfigError
 
@@ -25,6 +25,7 @@ KEYS = (
     "cases",
     "arms",
     "references",
+    "reference_models",
     "equal_cost",
     "seeds",
     "search_seeds",
@@ -58,6 +59,21 @@ class Case:
     """Settings over the base run, for all arms."""
 
 
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A small model whose losses arms may be given, by its name as `evolved_sampling.reference.folder`."""
+
+    text: Literal["same", "apart"] = "apart"
+    """Trained on the blend itself, or on the text that its recipe sets aside."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """`section.key` values of its run, over those of `es-megatron reference train`."""
+
+    def __post_init__(self) -> None:
+        """Check the text."""
+        require_choice("text", self.text, Literal["same", "apart"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """A whole comparison."""
@@ -76,6 +92,9 @@ class Spec:
 
     arms: Mapping[str, Overrides]
     """What each arm changes."""
+
+    reference_models: Mapping[str, ReferenceModel]
+    """By name."""
 
     references: tuple[str, ...]
     """Arms that the others are compared with. One of them may be `plain`, which `lossless` refers to."""
@@ -135,12 +154,15 @@ def read_spec(content: Any, path: Path) -> Spec:
     if "cases" in content:
         entries = mapping(content["cases"], f"{path}: cases")
         cases = {name: _case(entry, blends, f"{path}: cases.{name}") for name, entry in entries.items()}
+    entries = mapping(content.get("reference_models"), f"{path}: reference_models")
+    models = {name: _reference_model(entry, f"{path}: reference_models.{name}") for name, entry in entries.items()}
     spec = Spec(
         path=path,
         base=_base(_part(content, "base", path), f"{path}: base"),
         blends=blends,
         cases=cases,
         arms=arms,
+        reference_models=models,
         references=_names(content.get("references", ()), arms, f"{path}: references"),
         equal_cost=_names(content.get("equal_cost", ()), arms, f"{path}: equal_cost"),
         seeds=_integers(content.get("seeds", []), f"{path}: seeds"),
@@ -202,6 +224,10 @@ def _part(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
 
 def _recipe(entry: Any, where: str) -> Recipe:
     return build(Recipe, mapping(entry, where), where)
+
+
+def _reference_model(entry: Any, where: str) -> ReferenceModel:
+    return build(ReferenceModel, mapping(entry, where), where)
 
 
 def _case(entry: Any, blends: Mapping[str, Recipe], where: str) -> Case:

@@ -46,13 +46,16 @@ def sections(results: Results) -> list[Section]:
 
 def _losses(results: Results, case: CaseResult) -> Section:
     spec = results.spec
-    head = ["arm", "lr", "cost", "nominal", "seconds", "passes", "M trained", "loss", "over seeds"]
+    charged = any(arm.reference > 0 for arm in case.arms.values())
+    head = ["arm", "lr", "cost", "nominal", *(["reference", "of ten runs"] if charged else [])]
+    head += ["seconds", "passes", "M trained", "loss", "over seeds"]
     head += [f"against {name}" for name in spec.references]
     lossless = PLAIN in spec.references
     rows = [[*head, *(["bound to plain"] if lossless else [])]]
     for arm in case.arms.values():
         rate = "-" if arm.rate is None else f"{arm.rate:g}" + ("*" if arm.edge else "")
         cells = [arm.arm, rate, _share(arm.cost) + ("!" if arm.off else ""), _share(arm.nominal_cost)]
+        cells += [_share(arm.reference), _share(arm.reference / 10)] if charged else []
         cells += [_number(arm.seconds, ".1f"), _number(arm.passes, ".2f"), _number(MEGA * arm.trained, ".2f")]
         cells += [_number(arm.loss, ".4f"), "± " + _number(arm.spread, ".4f")]
         cells += [_difference(arm.against[name]) if name in arm.against else "" for name in spec.references]

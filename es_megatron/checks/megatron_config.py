@@ -135,12 +135,13 @@ def check_data(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Find
             "none needed; the order will differ from a run without it",
         )
     workers = run.number("num_workers") if run.on("num_workers") else None
-    if workers is not None and workers * LOADER_PREFETCH > config.order.mask_lag:
-        yield note(
+    lag = config.order.mask_lag
+    if workers is not None and lag is not None and workers * LOADER_PREFETCH > lag:
+        yield refuse(
             flag(run, "num_workers"),
             f"{workers} workers reading {LOADER_PREFETCH} batches ahead need kept masks {workers * LOADER_PREFETCH} "
-            f"iterations early",
-            f"`--es-order-mask-lag {workers * LOADER_PREFETCH}`, which is put in",
+            f"iterations early, but `order.mask_lag` is {lag}",
+            "leave `order.mask_lag` out: it follows the loader",
         )
 
 

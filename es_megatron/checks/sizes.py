@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from es_megatron.checks.findings import Finding, blocking, note, ok, refuse
-from es_megatron.checks.megatron_config import LOADER_PREFETCH
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import ExistingRun
 from es_megatron.config_files.passes import Passes
@@ -130,7 +129,7 @@ def _batch(run: ExistingRun, sizes: Sizes) -> Iterator[Finding]:
 def propose(
     run: ExistingRun, sizes: Sizes | None, config: EvolvedSamplingConfig, given: frozenset[str], passes: Passes
 ) -> tuple[Proposal, list[Finding]]:
-    """Choose what is not given: b, the scoring micro-batch, the lag of the masks; and predict the saving.
+    """Choose what is not given: b, the scoring micro-batch; and predict the saving.
 
     Args:
         run: the existing run.
@@ -139,10 +138,6 @@ def propose(
         given: fields of it that the user told, which are never changed.
         passes: passes over the data that the run makes.
     """
-    workers = run.number("num_workers") if run.on("num_workers") else None
-    ahead = (workers or 0) * LOADER_PREFETCH
-    if ahead > config.order.mask_lag and "order.mask_lag" not in given:
-        config = config.replaced({"order.mask_lag": ahead})
     if sizes is None:
         return Proposal(config, passes), []
     findings: list[Finding] = []

@@ -13,6 +13,8 @@ Kind = Literal["fresh", "history", "every-k", "prefix", "external"]
 Fallback = Literal["off", "uniform", "plain"]
 Granularity = Literal["sample", "microbatch"]
 Correction = Literal["paper", "debiased"]
+Mixture = Literal["kept", "free"]
+Precision = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,19 @@ class SelectionSettings:
     size times data-parallel size. Preset `paper`: 0.25."""
 
     policy: str = "es"
-    """How a meta-batch is chosen from: `es`, `uniform`, `loss`, `order`, `big-loss`, `small-loss`, `grad-norm`,
-    `adaboost`, `coreset-1`, `coreset-2`, `adaselection`, or the name of an entry point in `es_megatron.policies`."""
+    """How a meta-batch is chosen from: `es`, `reducible` (by what a loss says beyond that of a reference, which
+    `reference.folder` names), `uniform`, `loss`, `order`, `big-loss`, `small-loss`, `grad-norm`, `adaboost`,
+    `coreset-1`, `coreset-2`, `adaselection`, or the name of an entry point in `es_megatron.policies`."""
 
     options: Mapping[str, Any] | None = None
     """Options of the policy, by name (docs/policies.md has them). None: `power: 8` for policy `es`, else nothing.
     Preset `paper`: nothing."""
+
+    mixture: Mixture | None = None
+    """`kept`: every component is trained in the proportion that it was drawn in, and sequences compete with those of
+    their component alone. `free`: they compete over the whole meta-batch, as published, which trains more of the
+    components whose weights are higher. None: `kept`; `free` with `granularity: microbatch` and with
+    `inclusion_weights`, which need it. Preset `paper`: `free`."""
 
     anneal: float = 0.05
     """Share of iterations at each end that train on the whole meta-batch, in [0, 0.5] (E_a / E)."""
@@ -64,12 +73,26 @@ class SelectionSettings:
         require(0 <= self.weight_floor <= 1, "selection.weight_floor", "in [0, 1]", self.weight_floor)
         require(0 <= self.max_bad_losses <= 1, "selection.max_bad_losses", "in [0, 1]", self.max_bad_losses)
         require(self.budget is None or 0 < self.budget <= 1, "selection.budget", "in (0, 1]", self.budget)
+        if self.mixture is not None:
+            require_choice("selection.mixture", self.mixture, Mixture)
+        if self.mixture == "kept" and self.crosses_components:
+            raise ConfigError(
+                f"`selection.mixture` must be `free` with `{self.crosses_components}`, which chooses across "
+                "components, but is `kept` instead. Leave one of the two out."
+            )
         if self.granularity == "microbatch" and (self.inclusion_weights or self.parts > 1):
             name = "inclusion_weights" if self.inclusion_weights else "parts"
             raise ConfigError(
                 f"`selection.{name}` must be off with `granularity: microbatch`: it is about single sequences. "
                 "Use `granularity: sample`."
             )
+
+    @property
+    def crosses_components(self) -> str | None:
+        """The setting that needs `mixture: free`, if one is on."""
+        if self.granularity == "microbatch":
+            return "granularity: microbatch"
+        return "inclusion_weights" if self.inclusion_weights else None
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class ScoreSettings:
     """`paper` uses scores as stored; `debiased` takes the start value 1/n out, (s - beta2^k/n) / (1 - beta2^k) after k
     visits, and counts unseen samples as the mean of those seen of their component (of all, if none is). None: `paper`
     for `fresh` and `prefix`, `debiased` where history chooses, since with raw scores what was never seen would hardly
-    ever be chosen."""
+    ever be chosen, and with a reference, whose losses have no start value in them."""
 
     initial: str | None = None
     """Folder of scores to begin with, from another run's checkpoint or made by `es-megatron scores import`; components
@@ -134,6 +157,23 @@ class ScoreSettings:
         require(self.beta2 is None or 0 <= self.beta2 < 1, "scores.beta2", "in [0, 1)", self.beta2)
         if self.correction is not None:
             require_choice("scores.correction", self.correction, Correction)
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Losses of a reference model, which policy `reducible` holds losses against."""
+
+    folder: str | None = None
+    """Folder that `es-megatron reference score` made, or `es-megatron scores import` of a table of losses. Components
+    are matched by name and fingerprint."""
+
+    precision: Precision = "float32"
+    """Of a reference loss in memory: `float32` is 4 bytes a sample over data-parallel ranks, `float16` 2 (it is exact
+    to 0.004 nats between 4 and 8)."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require_choice("reference.precision", self.precision, Precision)
 
 
 @dataclass(frozen=True)
@@ -159,9 +199,9 @@ class PruningSettings:
 class OrderSettings:
     """The order of the data, and the kept masks that it reads."""
 
-    mask_lag: int = 8
+    mask_lag: int | None = None
     """Iterations between the scores that decide an epoch's kept mask and its first draw, >= 1; at least what the data
-    loader prefetches."""
+    loader reads ahead. None: what it reads ahead, so that scores are as new as can be."""
 
     mask_folder: str | None = None
     """Node-local folder, such as `/dev/shm`, in which the ranks of a node share kept masks (1.15 bits a sample); None:
@@ -169,7 +209,7 @@ class OrderSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require(self.mask_lag >= 1, "order.mask_lag", ">= 1", self.mask_lag)
+        require(self.mask_lag is None or self.mask_lag >= 1, "order.mask_lag", ">= 1", self.mask_lag)
 
 
 @dataclass(frozen=True)

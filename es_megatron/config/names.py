@@ -17,8 +17,8 @@ LOGGER = logging.getLogger(__name__)
 SECTION = "evolved_sampling"
 """The section of a run's settings, and the block of an engine's JSON, that is ours."""
 
-GROUPS = ("selection", "scorer", "scores", "pruning", "order", "guard")
-HEADS: Mapping[str, str] = {"scorer": "kind", "guard": "fallback"}
+GROUPS = ("selection", "scorer", "scores", "reference", "pruning", "order", "guard")
+HEADS: Mapping[str, str] = {"scorer": "kind", "guard": "fallback", "reference": "folder"}
 """The field that a group's bare name means: `scorer: history` is `scorer: {kind: history}`."""
 
 FLAT_NAMES: Mapping[str, tuple[str, str]] = {

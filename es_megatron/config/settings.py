@@ -11,8 +11,10 @@ from typing import Any, Literal
 from es_megatron.config.groups import (
     Correction,
     GuardSettings,
+    Mixture,
     OrderSettings,
     PruningSettings,
+    ReferenceSettings,
     ScorerSettings,
     ScoreSettings,
     SelectionSettings,
@@ -26,12 +28,12 @@ Preset = Literal["default", "paper"]
 
 PRESETS: Mapping[Preset, Mapping[str, Mapping[str, Any]]] = {
     "default": {},
-    "paper": {"scorer": {"kind": "fresh"}, "selection": {"keep_ratio": 0.25, "options": {}}},
+    "paper": {"scorer": {"kind": "fresh"}, "selection": {"keep_ratio": 0.25, "options": {}, "mixture": "free"}},
 }
 """What differs from the fields' defaults: those are by the evidence of docs/results.md, `paper` is as published
 (section 3.1)."""
 
-PRESET_NAMES = ("scorer.kind", "selection.keep_ratio", "selection.options")
+PRESET_NAMES = ("scorer.kind", "selection.keep_ratio", "selection.options", "selection.mixture")
 """Settings whose default hangs on the preset."""
 
 DEFAULT_OPTIONS: Mapping[str, Mapping[str, Any]] = {"es": {"power": 8}}
@@ -61,6 +63,9 @@ class EvolvedSamplingConfig:
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     """How scores evolve, and where they are kept."""
 
+    reference: ReferenceSettings = field(default_factory=ReferenceSettings)
+    """Losses of a reference model."""
+
     pruning: PruningSettings = field(default_factory=PruningSettings)
     """What epochs leave out."""
 
@@ -74,10 +79,15 @@ class EvolvedSamplingConfig:
         """Check what stands in no group, or in several."""
         require_choice("arm", self.arm, Arm)
         require(0 <= self.seed < 1 << 63, "seed", "in [0, 2^63)", self.seed)
-        if self.scorer.kind == "external" and self.scores.initial is None:
+        if self.scorer.kind == "external" and self.scores.initial is None and self.reference.folder is None:
             raise ConfigError(
                 "`scores.initial` must be given with `scorer: external`, which chooses by them. Name a folder of "
                 "scores, as `es-megatron scores import` makes one."
+            )
+        if self.reference.folder is not None and self.scores.correction == "paper":
+            raise ConfigError(
+                "`scores.correction` must be `debiased` with `reference`, since raw scores have their start value in "
+                "them and a reference's losses have not, but is `paper` instead. Leave it out."
             )
         if self.correction == "debiased" and self.decay**255 >= MAX_SATURATION_WEIGHT:
             limit = MAX_SATURATION_WEIGHT ** (1 / 255)
@@ -117,7 +127,7 @@ class EvolvedSamplingConfig:
         usual = type(self)()
         for setting in settings_in(type(self)):
             value = self.value(setting.name)
-            if setting.name in PRESET_NAMES or value != usual.value(setting.name):
+            if (setting.name in PRESET_NAMES and value is not None) or value != usual.value(setting.name):
                 inside = found if len(setting.path) == 1 else found.setdefault(setting.path[0], {})
                 inside[setting.path[-1]] = dict(value) if isinstance(value, Mapping) else value
         return found
@@ -146,7 +156,6 @@ class EvolvedSamplingConfig:
             "anneal": self.selection.anneal,
             "pruning_ratio": self.pruning.ratio,
             "keep_ratio": self.selection.keep_ratio,
-            "mask_lag": self.order.mask_lag,
             "seed": self.seed,
             "policy": self.selection.policy,
             "pruner": self.pruning.pruner,
@@ -163,6 +172,13 @@ class EvolvedSamplingConfig:
         return DEFAULT_OPTIONS.get(self.selection.policy, {}) if given is None else given
 
     @property
+    def mixture(self) -> Mixture:
+        """`selection.mixture` with its default filled in."""
+        if self.selection.mixture is not None:
+            return self.selection.mixture
+        return "free" if self.selection.crosses_components else "kept"
+
+    @property
     def decay(self) -> float:
         """`scores.beta2` with the paper's default filled in (section 3.1)."""
         if self.scores.beta2 is not None:
@@ -174,11 +190,12 @@ class EvolvedSamplingConfig:
         """`scores.correction` with its default filled in."""
         if self.scores.correction is not None:
             return self.scores.correction
-        return "paper" if self.scorer.kind in ("fresh", "prefix") else "debiased"
+        raw = self.scorer.kind in ("fresh", "prefix") and self.reference.folder is None
+        return "paper" if raw else "debiased"
 
     def filled_in(self) -> EvolvedSamplingConfig:
         """The same with every default that hangs on others written out."""
-        values = {"scores.beta2": self.decay, "scores.correction": self.correction}
+        values = {"scores.beta2": self.decay, "scores.correction": self.correction, "selection.mixture": self.mixture}
         return self.replaced({**values, "selection.options": dict(self.policy_options)})
 
 

@@ -70,6 +70,8 @@ def patch(source: Source, config: EvolvedSamplingConfig, switches: Switches = NO
         raise ConfigError(
             "It is patched already. Edit the settings in it, or take them out with `es-megatron unpatch` first."
         )
+    if switches.score_reference is not None:
+        raise ConfigError("`--es-score-reference` is for one run: add it to that launch. Leave it out here.")
     audit = "" if switches.audit is None else str(switches.audit)
     if audit and (source.kind in ("yaml", "deepspeed") or re.search(r"[\s\"'\\$]", audit)):
         raise ConfigError(

@@ -6,6 +6,7 @@ optimizer step -> scores.commit. All ranks run the same code on the same numbers
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -20,16 +21,18 @@ import numpy.typing as npt
 from es_megatron.algorithm.selection import assign, owners, positions_of
 from es_megatron.checkpoint.compatibility import check_terms
 from es_megatron.checkpoint.es_state import EsStateWriter, SaveReport, ScoreRange, load_es_state
+from es_megatron.checkpoint.reference_losses import REFERENCE, bind_reference
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.bad_losses import check_losses, mean_of_finite
 from es_megatron.core.choosing import Choice, Chooser, Known
-from es_megatron.core.open_epochs import OpenEpochs
+from es_megatron.core.open_epochs import UNVISITED, OpenEpochs
 from es_megatron.core.plan import Plan, plan_run
 from es_megatron.core.step import Framework, StepRecord, Work
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
-from es_megatron.errors import CheckpointError, LossError
+from es_megatron.errors import CheckpointError
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.copies import check_copies
 from es_megatron.scores.store import Lookup, ScoreStore
@@ -40,7 +43,8 @@ Int64 = npt.NDArray[np.int64]
 
 LOGGER = logging.getLogger(__name__)
 
-NAMED_BAD_ROWS = 8
+MIXTURE = "selection.mixture"
+"""The setting's name among the terms of a run."""
 
 COPY_CHECK_INTERVAL = 1000
 """Iterations between comparisons of the copies of the scores, which read all of them."""
@@ -85,9 +89,14 @@ class EvolvedSampling:
         self._everything = np.arange(meta_batch)
         quantum = math.lcm(micro_batch * grid.dp_size * micro_batch_multiple, config.selection.parts)
         self.store = ScoreStore(manifest, config, grid)
+        if self.arm.scores:
+            bind_reference(self.store, self.scorer.tokens(manifest.seq_length))
         origin = warm_start(self.store)
         self.plan: Plan = plan_run(config, manifest, meta_batch, quantum, train_samples, origin)
         self.chooser = Chooser(self.plan, grid, micro_batch)
+        ceiling = self.chooser.policy.ceiling
+        if self.store.reference is not None and ceiling is not None:
+            self.store.reference.find_ceilings(ceiling, grid)
         self.sampler = Sampler(self.plan.schedule, config.seed)
         self.own: Int64 = positions_of(grid.dp_rank, grid.dp_size, meta_batch, micro_batch)
         """Positions of the meta-batch that this rank loads."""
@@ -214,7 +223,7 @@ class EvolvedSampling:
         schedule = self.plan.schedule
         return {
             "iteration": self.iteration,
-            "terms": self._terms(),
+            "terms": {**self._terms(), "reference.folder": self.config.reference.folder},
             "origin": schedule.origin.to_json(),
             "stood_for": schedule.stood_for(self.iteration),
             **self.epochs.to_json(),
@@ -233,13 +242,33 @@ class EvolvedSampling:
                 f"The state must have the keys {sorted(expected)}, but has {sorted(state)} instead. "
                 "Load it with the version of es_megatron that wrote it."
             )
+        self._adopt_mixture(state["terms"])
+        self.epochs.adopt(state["terms"])
         check_terms(
-            {**state["terms"], "origin": state["origin"]},
+            {MIXTURE: "free", UNVISITED: "start", **state["terms"], "origin": state["origin"]},
             {**self._terms(), "origin": self.plan.schedule.origin.to_json()},
         )
         self.iteration = int(state["iteration"])
         self.epochs.load(dict(masks), state["decided"], state["rescaled"])
         self.chooser.load(state["chooser"])
+
+    def follow(self, state: Mapping[str, Any]) -> None:
+        """Take over from a run over another blend what is about its components: the mixture, and what they are owed."""
+        self._adopt_mixture(state["terms"])
+        self.chooser.follow(state["chooser"])
+
+    def _adopt_mixture(self, terms: Mapping[str, Any]) -> None:
+        """Go on as the checkpoint was made where the settings do not say; `free` where it does not say either."""
+        if self.config.selection.mixture is not None:
+            return
+        saved = terms.get(MIXTURE, "free")
+        if MIXTURE not in terms and self.arm.selects and self.chooser.mixture.mixture != saved:
+            LOGGER.warning(
+                "the checkpoint is of a version that did not keep the mixture: it goes on with `selection.mixture: "
+                "free`. A new run keeps the mixture."
+            )
+        self.chooser.mixture.mixture = saved
+        self.plan = dataclasses.replace(self.plan, config=self.config.replaced({MIXTURE: saved}))
 
     def _terms(self) -> dict[str, Any]:
         """Settings that decide which samples come when and what the saved state means."""
@@ -249,6 +278,9 @@ class EvolvedSampling:
             "train_samples": schedule.train_samples,
             "iterations": schedule.iterations,
             **self.config.terms,
+            **self.epochs.terms,
+            MIXTURE: self.chooser.mixture.mixture,
+            REFERENCE: None if self.store.reference is None else self.store.reference.fingerprint,
         }
 
     def _score(self, framework: Framework) -> tuple[Float32, Float32 | None]:
@@ -272,7 +304,8 @@ class EvolvedSampling:
         """Stage the scores of positions whose losses are known, float32[B], and return their weights."""
         assert found is not None  # arms without scores neither score nor learn
         with self._timed("exchange"):
-            self._check(batch, loss[positions], positions)
+            limit = self.config.selection.max_bad_losses
+            check_losses(self.manifest, batch, loss[positions], positions, self.iteration, limit)
             return self.store.evolve(self.iteration, batch.id[positions], found.at(positions), loss[positions])
 
     def _choose(
@@ -281,12 +314,16 @@ class EvolvedSampling:
         """Choose by fresh weights, by the scores as they are used, or by nothing."""
         with self._timed("exchange"):
             if found is None or self.chooser.fell:
-                return self.chooser.choose_any(self.iteration)
+                return self.chooser.choose_any(self.iteration, batch.component)
             if weight is not None:
-                return self.chooser.choose(self.iteration, Known(loss, weight, norm))
+                return self.chooser.choose(
+                    self.iteration, Known(loss, weight, norm, against=found.against), batch.component
+                )
             used = np.maximum(found.used, np.finfo(np.float32).tiny)  # 0 would mean that it has no loss
             informed = bool((found.visits > 0).any())
-            return self.chooser.choose(self.iteration, Known(used, used, informed=informed))
+            return self.chooser.choose(
+                self.iteration, Known(used, used, None, informed, found.against), batch.component
+            )
 
     def _rescaled(self, choice: Choice, batch: MetaBatch, found: Lookup | None) -> Choice:
         """Weigh the chosen also by what they represent in their pruned epoch."""
@@ -318,23 +355,6 @@ class EvolvedSampling:
         spread[positions] = self.grid.broadcast_over_mp(own, framework.loss_source)
         return spread
 
-    def _check(self, batch: MetaBatch, loss: Float32, positions: Int64) -> None:
-        """Log sequences with a non-finite loss, and stop when there are too many."""
-        at = positions[~np.isfinite(loss)]
-        if len(at) == 0:
-            return
-        rows = ", ".join(
-            f"{self.manifest.components[batch.component[p]].name}[{batch.row[p]}]" for p in at[:NAMED_BAD_ROWS]
-        )
-        told = f"{len(at)} of {len(loss)} sequences of iteration {self.iteration} have a non-finite loss: {rows}"
-        limit = self.config.selection.max_bad_losses
-        if len(at) > limit * self.meta_batch:
-            raise LossError(
-                f"{told}. That is more than `selection.max_bad_losses` = {limit} of the meta-batch. Look at "
-                "these rows, lower the learning rate, or check the precision; resume from the last checkpoint."
-            )
-        LOGGER.warning("%s; they are left out", told)
-
     def _record(self, batch: MetaBatch, positions: Int64, loss: Float32, *, selecting: bool, scored: bool) -> None:
         chosen = loss[positions]
         self.last = StepRecord(
@@ -358,9 +378,3 @@ class EvolvedSampling:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
-
-
-def mean_of_finite(loss: Float32) -> float:
-    """Mean of the losses that are finite, nan where none is."""
-    finite = loss[np.isfinite(loss)]
-    return float(finite.mean(dtype=np.float64)) if len(finite) else float("nan")

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from es_megatron.algorithm.evolution import raise_to_floor
+from es_megatron.algorithm.margin import Moments
+from es_megatron.algorithm.policies import POLICIES
 from es_megatron.algorithm.pruners import PRUNERS, Block, kept_count
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.data.mask import KeptMask
@@ -20,6 +22,7 @@ from es_megatron.scoring import arm_of
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
 
 GATHERED_BYTES = 1 << 24
@@ -42,6 +45,17 @@ class Scale(NamedTuple):
     """What an unseen sample counts as."""
     mean: float
     """Mean used score of the seen samples; 0 where neither floor nor pruner refers to it."""
+    moments: Moments | None = None
+    """Of all components, where the pruner looks at what is left to learn."""
+
+
+class Rows(NamedTuple):
+    """What is known of rows of a component."""
+
+    score: Float32
+    visits: UInt8
+    reference: Float32
+    uniform: Float64
 
 
 class EpochPruning:
@@ -59,6 +73,11 @@ class EpochPruning:
         pruning = config.pruning
         named = (pruning.pruner, pruning.options) if self.arm.pruner is None else (self.arm.pruner, {})
         self.pruner = PRUNERS.make(*named)
+        policy = POLICIES.make(config.selection.policy, config.policy_options)
+        self._judge = policy if policy.needs_reference and self.pruner.takes_margin else None
+        self.unvisited_as_mean = True
+        """Whether a row that was never visited counts as its component's mean; False: as 1/n, as versions before did
+        with raw scores, so that all of them were left out."""
         self.masks = MaskMemory(config.order.mask_folder, store.grid)
 
     def prune(self, component: int, epoch: int) -> KeptMask:
@@ -102,35 +121,58 @@ class EpochPruning:
         return StandIn(float(np.float32(scale.mean)), below / kept_below if kept_below > 0 else 1.0)
 
     def _scale(self, component: int) -> Scale:
-        if self.config.correction == "paper" and self.config.selection.weight_floor == 0 and not self.pruner.needs_mean:
-            return Scale(0.0, 0.0)  # no collective for what nobody refers to
+        moments, reference = None, self.store.reference
+        if self._judge is not None and reference is not None:
+            moments = reference.moments(self.grid.sum_over_dp(reference.total))
+        floor = self.config.selection.weight_floor
+        raw = self.config.correction == "paper" and not self.unvisited_as_mean
+        if raw and floor == 0 and not self.pruner.needs_mean:
+            return Scale(0.0, 0.0, moments)  # no collective for what nobody refers to
         mean = float(self.store.component_means()[component])
-        return Scale(mean, mean)
+        return Scale(mean, mean, moments)
 
     def _weight(self, score: Float32, visits: UInt8, scale: Scale) -> Float32:
         """Scores as pruning uses them, above 0."""
-        weight = np.maximum(self.store.usable(score, visits, scale.unseen), np.finfo(np.float32).tiny)
+        used = self.store.usable(score, visits, scale.unseen)
+        if self.unvisited_as_mean:
+            used = np.where(visits == 0, np.float32(scale.unseen), used)
+        weight = np.maximum(used, np.finfo(np.float32).tiny)
         return raise_to_floor(weight, self.config.selection.weight_floor, scale.mean)
 
-    def _key(self, score: Float32, visits: UInt8, uniform: Float64, epoch: int, scale: Scale) -> Float64:
-        return self.pruner.keys(Block(self._weight(score, visits, scale), visits, uniform, scale.mean, epoch))
+    def _key(self, rows: Rows, component: int, epoch: int, scale: Scale) -> Float64:
+        weight, margin = self._weight(rows.score, rows.visits, scale), None
+        if self._judge is not None and self.store.reference is not None and scale.moments is not None:
+            which = np.full(len(weight), component, dtype=np.int64)
+            against = self.store.reference.against(rows.reference, which, scale.moments)
+            margin = self._judge.margin(weight.astype(np.float64), against)
+        return self.pruner.keys(Block(weight, rows.visits, rows.uniform, scale.mean, epoch, margin))
 
     def _keys(self, component: int, epoch: int, scale: Scale) -> Iterator[Float64]:
         """Keys of this rank's samples, block by block."""
         name = component_key(self.store.manifest.components[component].name)
+        first = int(self.store.manifest.offsets[component])
         for score, visits, row in self.store.blocks(component):
             uniform = uniforms(self.config.seed, Purpose.PRUNE, name, epoch, row, len(score))
-            yield self._key(score, visits, uniform, epoch, scale)
+            ids = np.arange(first + row, first + row + len(score), dtype=np.int64)
+            yield self._key(Rows(score, visits, self._reference(ids), uniform), component, epoch, scale)
 
     def _sample_keys(self, component: int, epoch: int, scale: Scale) -> Float64:
         """Keys of the same evenly spread rows on every rank; they only narrow the search."""
         manifest = self.store.manifest
         samples = int(manifest.sizes[component])
         rows = np.unique(np.linspace(0, samples - 1, sample_count(samples)).astype(np.int64))
-        score, visits = self.store.stored(manifest.sample_ids(component, rows))
-        packed = self.grid.sum_over_dp(np.stack([score, visits.astype(np.float32)]))
+        ids = manifest.sample_ids(component, rows)
+        score, visits = self.store.stored(ids)
+        packed = self.grid.sum_over_dp(np.stack([score, visits.astype(np.float32), self._reference(ids)]))
         uniform = uniforms(self.config.seed, Purpose.PRUNE, component + 1, epoch, samples, len(rows))
-        return self._key(packed[0], packed[1].astype(np.uint8), uniform, epoch, scale)
+        found = Rows(packed[0], packed[1].astype(np.uint8), packed[2], uniform)
+        return self._key(found, component, epoch, scale)
+
+    def _reference(self, ids: Int64) -> Float32:
+        """Reference losses of ids, where they are looked at; 0 for those of other ranks."""
+        if self._judge is None or self.store.reference is None:
+            return np.zeros(len(ids), np.float32)
+        return self.store.stored_reference(ids)
 
     def _joined(self, kept: UInt8, first: int, samples: int) -> Iterator[UInt8]:
         """Join the parts of all data-parallel ranks, piece by piece; model-parallel rank 0's word counts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from es_megatron.core.step import StepRecord
 from es_megatron.scoring.arms import prunes
 
 Int64 = npt.NDArray[np.int64]
+
+TOLD_COMPONENTS = 6
+"""Components that a log line names."""
 
 
 @dataclass
@@ -33,11 +36,14 @@ class RunTotals:
     """Wall-clock by part of the step, `score`, `train`, `exchange`, `order`, `optimizer`, and `step` for the whole."""
     chosen: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
     """Sequences trained by component, int64[C]."""
+    drawn: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Sequences drawn by component, int64[C]."""
 
     def __post_init__(self) -> None:
         """Start the counts of components at 0."""
         if len(self.chosen) == 0:
             self.chosen = np.zeros(self.components, dtype=np.int64)
+            self.drawn = np.zeros(self.components, dtype=np.int64)
 
     def add(self, record: StepRecord, extra: Mapping[str, float], *, succeeded: bool) -> None:
         """Count one iteration.
@@ -53,6 +59,7 @@ class RunTotals:
         self.bad += record.bad
         self.skipped += int(not succeeded)
         self.chosen += np.bincount(record.components, minlength=self.components)
+        self.drawn += np.bincount(record.drawn, minlength=self.components)
         for name, value in {**record.seconds, **extra}.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
@@ -66,14 +73,30 @@ class RunTotals:
             "skipped": self.skipped,
             "seconds": dict(self.seconds),
             "chosen": self.chosen.tolist(),
+            "drawn": self.drawn.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take sums over; unknown or missing keys raise `KeyError`."""
+        """Take sums over; missing keys raise `KeyError`. Versions that did not count draws trained what they drew."""
         for name in ("sequences_scored", "sequences_trained", "evolving_iterations", "bad", "skipped"):
             setattr(self, name, int(state[name]))
         self.seconds = {name: float(value) for name, value in state["seconds"].items()}
         self.chosen = np.asarray(state["chosen"], dtype=np.int64)
+        self.drawn = np.asarray(state.get("drawn", state["chosen"]), dtype=np.int64)
+
+    def shares(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Share of each component in what was drawn, and in what was trained, so far."""
+        parts = [each / max(1, int(each.sum())) for each in (self.drawn, self.chosen)]
+        return {name: (float(d), float(t)) for name, d, t in zip(names, *parts, strict=True)}
+
+    def told_shares(self, names: Sequence[str]) -> str:
+        """The same as text, `a 40.0/39.8%`, those first that have moved most; empty with one component."""
+        shares = self.shares(names)
+        if len(shares) < 2:
+            return ""
+        moved = sorted(shares.items(), key=lambda each: -abs(each[1][1] - each[1][0]))
+        more = f", {len(moved) - TOLD_COMPONENTS} more" if len(moved) > TOLD_COMPONENTS else ""
+        return ", ".join(f"{name} {100 * d:.1f}/{100 * t:.1f}%" for name, (d, t) in moved[:TOLD_COMPONENTS]) + more
 
 
 def saved_share(plan: Plan, iterations: int, totals: RunTotals) -> float:
@@ -109,6 +132,7 @@ def plan_facts(plan: Plan, layout: Layout, seq_length: int) -> dict[str, Any]:
         "scorer": config.scorer.kind if plan.arm.scores else None,
         "policy": config.selection.policy if plan.arm.scores else None,
         "granularity": config.selection.granularity,
+        "mixture": config.mixture if plan.evolving_iterations else None,
         "pruning_ratio": config.pruning.ratio if prunes(config) else 0.0,
         "anneal": config.selection.anneal,
         "meta_batch": plan.meta_batch,
@@ -151,6 +175,8 @@ class LogEntry:
     grad_norm: float
     skipped: int
     bad: int
+    shares: str = ""
+    """Drawn and trained share of components, as `RunTotals.told_shares` gives them."""
 
     def line(self) -> str:
         """Megatron's pipe-delimited log line, with what ES adds."""
@@ -167,4 +193,6 @@ class LogEntry:
             f"number of skipped iterations: {self.skipped:3d}",
             f"number of nan sequences: {self.bad:3d}",
         ]
+        if self.shares:
+            parts.append(f"drawn/trained: {self.shares}")
         return " | ".join(parts) + " |"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from es_megatron.core.epoch_pruning import EpochPruning, StandIn
 from es_megatron.core.plan import Plan
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
+from es_megatron.errors import CheckpointError
 from es_megatron.scores.store import Lookup, ScoreStore
 
 Float32 = npt.NDArray[np.float32]
@@ -21,6 +22,9 @@ UInt8 = npt.NDArray[np.uint8]
 EpochKey = tuple[int, int]
 
 LOGGER = logging.getLogger(__name__)
+
+UNVISITED = "unvisited"
+"""Term: what rows without a visit count as in pruning, `mean` or, in states of versions before, `start`."""
 
 
 class Entry(NamedTuple):
@@ -36,10 +40,47 @@ class OpenEpochs:
     """Decides kept masks when they are due, and remembers what is needed while their epochs last."""
 
     def __init__(self, plan: Plan, store: ScoreStore, sampler: Sampler) -> None:
-        """Start with none."""
+        """Start with none.
+
+        Args:
+            plan: of the run.
+            store: whose scores decide.
+            sampler: gets the masks.
+        """
         self.plan, self.sampler = plan, sampler
         self.pruning = EpochPruning(store)
         self.entries: dict[EpochKey, Entry] = {}
+        self.lag = plan.config.order.mask_lag or 1
+        """Iterations between the scores that decide a mask and its first draw."""
+        self._read_ahead = 0
+
+    def read_ahead(self, batches: int) -> int:
+        """Say how many meta-batches the data loader reads ahead; returns how far ahead masks are decided then."""
+        self._read_ahead = batches
+        self.lag = self.plan.config.order.mask_lag or max(1, batches)
+        return self.lag
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Which scores decide a mask, and what they count as."""
+        return {"mask_lag": self.lag, UNVISITED: "mean" if self.pruning.unvisited_as_mean else "start"}
+
+    def adopt(self, terms: Mapping[str, Any]) -> None:
+        """Decide masks as the run of a checkpoint did, where the settings do not say.
+
+        Raises:
+            CheckpointError: the data loader reads further ahead than it did.
+        """
+        self.pruning.unvisited_as_mean = terms.get(UNVISITED, "start") == "mean"
+        if self.plan.config.order.mask_lag is not None:
+            return
+        saved = int(terms["mask_lag"])
+        if saved < self._read_ahead:
+            raise CheckpointError(
+                f"The data loader must read at most {saved} meta-batches ahead, since the checkpoint's run decides "
+                f"kept masks so far ahead, but reads {self._read_ahead}. Use fewer workers, or a smaller prefetch."
+            )
+        self.lag = saved
 
     @property
     def decided(self) -> dict[EpochKey, int]:
@@ -48,7 +89,7 @@ class OpenEpochs:
 
     def decide(self, iteration: int) -> None:
         """Decide the masks that are due, but for those that a checkpoint had; collective."""
-        for due in self.plan.schedule.due(iteration, self.plan.config.order.mask_lag):
+        for due in self.plan.schedule.due(iteration, self.lag):
             key = due.component, due.epoch
             if key in self.sampler.masks:
                 continue
@@ -73,7 +114,7 @@ class OpenEpochs:
         """What the losses of a meta-batch's samples are multiplied by, for those that were left out.
 
         Scores are those the sample had when its epoch's mask was decided, but for samples that the `mask_lag`
-        iterations since then have changed. Debiased, an unseen sample counted as the mean itself, and so not as low.
+        iterations since then have changed. A sample never visited counted as the mean itself, and so not as low.
 
         Args:
             batch: the meta-batch.
@@ -85,7 +126,8 @@ class OpenEpochs:
         if not self.rescales:
             return None
         weight = np.ones(len(found.used))
-        judged = (found.visits > 0) | (self.plan.config.correction == "paper")
+        raw = self.plan.config.correction == "paper" and not self.pruning.unvisited_as_mean
+        judged = (found.visits > 0) | raw
         for (component, epoch), entry in self.entries.items():
             if entry.stand_in is not None:
                 here = judged & (batch.component == component) & (batch.epoch == epoch)

@@ -121,6 +121,27 @@ class Plan:
         """Passes over each component that the run stands for, float64[C]."""
         return self.schedule.passes()
 
+    def unvisited(self) -> npt.NDArray[np.float64]:
+        """Expected share of each component's rows without a visit when its first pruned epoch's mask is decided.
+
+        As for a choice at random: losses of what is trained on count as visits too. float64[C] in [0, 1]; nan where no
+        epoch is pruned, or where scores of before decide.
+        """
+        schedule, lag = self.schedule, self.config.order.mask_lag or 1
+        epochs, sizes = schedule.epochs, schedule.manifest.sizes
+        share = np.full(len(sizes), np.nan)
+        if not self.arm.scores or not self.scorer.learns:
+            return share
+        scored = self.scored_iterations / max(1, self.evolving_iterations)
+        visited = scored + (1 - scored) * self.kept / self.meta_batch
+        for c in np.flatnonzero((epochs.first_pruned > 0) & (epochs.after_pruned > epochs.first_pruned)):
+            first = schedule.blend.position(int(c), int(epochs.start(int(c), epochs.first_pruned[c])))
+            decided = max(0, first // self.meta_batch - lag)
+            drawn = schedule.blend.counts(decided * self.meta_batch)[c]
+            annealed = schedule.blend.counts(min(decided, schedule.phases.start) * self.meta_batch)[c]
+            share[c] = max(0.0, 1 - (annealed + visited * (drawn - annealed)) / sizes[c])
+        return share
+
 
 def plan_run(
     config: EvolvedSamplingConfig,
@@ -287,6 +308,13 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     named = plan.arm.scores and config.selection.policy != SelectionSettings.policy
     scorer += f", policy {config.selection.policy}" if named else ""
     head = f"B = {plan.meta_batch}, b = {plan.kept}, scorer {scorer}, r = {ratio:g}, anneal {config.selection.anneal:g}"
+    if plan.evolving_iterations and len(names) > 1:
+        told = {"kept": "kept: components are trained as they are drawn", "free": "free: what is chosen moves it"}
+        rows["mixture"] = told[config.mixture]
+    unvisited = [(name, share) for name, share in zip(names, plan.unvisited(), strict=True) if share >= 0.005]
+    if unvisited:
+        found = ", ".join(f"{name} {share:.0%}" for name, share in unvisited)
+        rows["never visited"] = f"{found} of the rows when pruning begins; each counts as its component's mean"
     lines = [f"plan: arm {config.arm}, {head}", *(f"  {name:18}{value}" for name, value in rows.items())]
     if plan.evolving_iterations and min(predicted.saving, limit.saving) <= 0:
         lines.append(

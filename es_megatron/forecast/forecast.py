@@ -15,8 +15,12 @@ SCORE_BYTES = 5
 """Of a sample: float32 score, uint8 visits."""
 EXCHANGED_BYTES, EXCHANGED_WIDE = 12, 24
 """Of a sequence of the meta-batch: score, visits and loss, as float32, or as float64 where scores are debiased."""
+REFERENCE_BYTES = {"float32": 4, "float16": 2}
+"""Of a sample, where choices are by a reference."""
 SHARD_BYTES = 16
 """Of a component, with debiased scores: the two sums that its mean is made of."""
+MOMENTS = 5
+"""Sums of a component that a reference's rules are made of."""
 FORWARD_FLOPS = 2.0
 """Of a parameter and a token; the backward pass has twice as many, so that a plain step has 6."""
 
@@ -43,7 +47,9 @@ class Footprint:
 
     score_bytes_per_rank: int
     score_bytes: int
-    """Of one copy of all scores, over the data-parallel ranks."""
+    """Of one copy of all scores, with their reference, over the data-parallel ranks."""
+    sample_bytes: int
+    """Of a sample: 5, and 4 or 2 where there is a reference."""
     mask_bytes: int
     """Of the kept masks of one epoch of every component."""
     masks_shared: bool
@@ -176,15 +182,18 @@ def split_of(plan: Plan, layout: Layout, prediction: Prediction) -> TimeSplit:
 def footprint_of(plan: Plan, request: Request) -> Footprint:
     """Memory and traffic of the scores."""
     config, manifest, sizes = plan.config, plan.schedule.manifest, request.sizes
-    keeps = SCORE_BYTES if plan.arm.scores else 0
+    by_reference = config.reference.folder is not None
+    keeps = SCORE_BYTES + by_reference * REFERENCE_BYTES[config.reference.precision] if plan.arm.scores else 0
     own = keeps * -(-manifest.total // sizes.data_parallel)
     masks = sum(mask_bytes(int(n)) for n in manifest.sizes) if prunes(config) else 0
     ranks, shared = min(request.gpus_per_node, request.world_size), config.order.mask_folder is not None
     wide = config.correction == "debiased"
     exchanged = EXCHANGED_WIDE * plan.meta_batch + SHARD_BYTES * len(manifest.components)
+    exchanged += by_reference * 8 * (plan.meta_batch + MOMENTS * len(manifest.components))
     return Footprint(
         score_bytes_per_rank=own,
         score_bytes=keeps * manifest.total,
+        sample_bytes=keeps,
         mask_bytes=masks,
         masks_shared=shared,
         node_bytes=ranks * own + (1 if shared else ranks) * masks,

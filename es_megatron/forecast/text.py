@@ -62,7 +62,8 @@ def _rows(request: Request, found: Forecast) -> Iterator[tuple[str, str]]:
         yield from _seconds(found.duration)
     if arm_of(config).scores:
         own, whole = bytes_of(size.score_bytes_per_rank), bytes_of(size.score_bytes)
-        yield "scores", f"{own} on each of {sizes.data_parallel} data-parallel ranks (5 B a sample), {whole} in all"
+        each = f"{size.sample_bytes} B a sample" + (", of a reference too" if config.reference.folder else "")
+        yield "scores", f"{own} on each of {sizes.data_parallel} data-parallel ranks ({each}), {whole} in all"
     if size.mask_bytes:
         where = "a node" if size.masks_shared else "each rank; set `mask_folder` to share them on a node"
         yield "kept masks", f"{bytes_of(size.mask_bytes)} for {where} (1.15 bits a sample)"

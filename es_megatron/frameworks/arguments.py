@@ -32,6 +32,8 @@ class Switches(NamedTuple):
     """Whether an upstream that was not tested is refused; it switches nothing on by itself."""
     given: frozenset[str] = frozenset()
     """Names of the settings that were given, such as `selection.keep_ratio`."""
+    score_reference: Path | None = None
+    """Folder for the losses of a reference, which the run is to score instead of training."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -57,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         metavar="FILE",
         help="Append the chosen ids of each iteration to this file, as lines of JSON.",
+    )
+    group.add_argument(
+        "--es-score-reference",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="Do not train: give every row of the training data the loss that the model of --load has of it, write "
+        "them into this folder for --es-reference, and end. Goes on where it was stopped.",
     )
     group.add_argument(
         STRICT_VERSIONS,
@@ -95,10 +104,11 @@ def read_switches(arguments: argparse.Namespace) -> Switches:
     strict = bool(given.pop("es_strict_versions", False))
     if not given or not given.pop("es", True):
         return Switches(None, None, strict)
-    audit = given.pop("es_audit", None)
+    audit, scores = given.pop("es_audit", None), given.pop("es_score_reference", None)
     mapping = _mapping_of(given)
     config = EvolvedSamplingConfig.from_mapping(mapping, "flags --es-*", flag_of)
-    return Switches(config, None if audit is None else Path(audit), strict, given_names(mapping))
+    files = (None if path is None else Path(path) for path in (audit, scores))
+    return Switches(config, next(files), strict, given_names(mapping), next(files))
 
 
 def _mapping_of(given: dict[str, Any]) -> dict[str, Any]:

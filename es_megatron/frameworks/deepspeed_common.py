@@ -316,6 +316,5 @@ def build_engine(
 
 def build_feed(engine: EvolvedSampling, rows: Rows, workers: int, prefetch: int) -> MetaBatchFeed:
     """Samples of this rank, read ahead."""
-    return MetaBatchFeed(
-        rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=engine.config.order.mask_lag
-    )
+    lag = engine.epochs.read_ahead(workers * prefetch)
+    return MetaBatchFeed(rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=lag)

@@ -253,6 +253,7 @@ def attach(  # noqa: PLR0913 - all but four have defaults
     model_rank = int(deepspeed.stage_id) * tensor + int(topology.get_slice_parallel_rank())
     grid = rank_grid_of((int(topology.get_data_parallel_rank()), model_rank))
     engine = build_engine(deepspeed, config, manifest, grid, train_samples, warm_start)
+    engine.epochs.read_ahead(workers * prefetch)  # stages between read nothing, and decide masks alike
     reads = deepspeed.is_first_stage() or deepspeed.is_last_stage()
     feed = build_feed(engine, rows, workers, prefetch) if reads else None
     return PipeSampling(engine, feed, deepspeed, token_losses=token_losses, loss_of=loss_of, pack=pack)

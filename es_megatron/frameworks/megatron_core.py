@@ -333,11 +333,9 @@ def attach(  # noqa: PLR0913 - one call says all
     )
     check_micro_batches(engine.plan, micro_batch_size * grid.dp_size, pipeline, virtual)
     check_scoring_size(config, len(engine.own), pipeline, virtual)
-    feed = None
+    lag, feed = engine.epochs.read_ahead(workers * prefetch), None
     if rows is not None and reads_data(model_config):
-        feed = MetaBatchFeed(
-            rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=config.order.mask_lag
-        )
+        feed = MetaBatchFeed(rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=lag)
     sampling = MegatronCoreSampling(engine, feed, source, loss_mask_of)
     if optimizer is not None:
         sampling.finish_with(optimizer)

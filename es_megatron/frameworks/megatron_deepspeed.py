@@ -44,6 +44,11 @@ def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
     Raises:
         ConfigError: names the flag, why, and the cure.
     """
+    if getattr(args, "es_score_reference", None) is not None:
+        raise ConfigError(
+            "`--es-score-reference` must be left out with Megatron-DeepSpeed. Make the losses with Megatron-LM, or "
+            "with `es-megatron reference score`."
+        )
     refuse_arguments(args, (*MEGATRON_LM, *MEGATRON_DEEPSPEED), config)
     check_pruner(config)
     if scorer_of(config).shortens or POLICIES.make(config.selection.policy, config.policy_options).needs_norm:

@@ -38,7 +38,14 @@ from es_megatron.frameworks.megatron_lm_data import (
     open_rows,
     read_sources,
 )
-from es_megatron.frameworks.megatron_lm_settings import Length, StartingPoint, check_settings, find_start, plan_length
+from es_megatron.frameworks.megatron_lm_settings import (
+    Length,
+    StartingPoint,
+    check_settings,
+    find_start,
+    plan_length,
+    sized_by_call,
+)
 
 LOGGER = logging.getLogger(__name__)
 OVERWRITING_LOGGER = "megatron.core.dist_checkpointing.serialization"
@@ -111,16 +118,22 @@ def start(dialect: Dialect) -> None:
     if switches.config is None or getattr(args, "skip_train", False) or _run is not None:
         return
     dialect.check(args, switches.config)
-    manifest = Manifest.from_json(_from_first_rank(lambda: _describe(dialect, args)))
-    _begin(args, dialect, switches, manifest, _from_first_rank(lambda: dialect.find_start(args)))
+    manifest = read_manifest(dialect, args)
+    _begin(args, dialect, switches, manifest, from_first_rank(lambda: dialect.find_start(args)))
 
 
-def _open(dialect: Dialect, args: Namespace) -> tuple[Manifest, list[SplitRows]]:
+def open_data(dialect: Dialect, args: Namespace) -> tuple[Manifest, list[SplitRows]]:
+    """The training data that the arguments name."""
     return open_rows(dialect.read_sources(args), args.seq_length)
 
 
-def _describe(dialect: Dialect, args: Namespace) -> dict[str, Any]:
-    return _open(dialect, args)[0].to_json()
+def read_manifest(dialect: Dialect, args: Namespace) -> Manifest:
+    """What the training data is, as rank 0 finds it; collective."""
+
+    def read() -> dict[str, Any]:
+        return open_data(dialect, args)[0].to_json()
+
+    return Manifest.from_json(from_first_rank(read))
 
 
 def _begin(args: Namespace, dialect: Dialect, switches: Switches, manifest: Manifest, at: StartingPoint) -> None:
@@ -136,6 +149,7 @@ def _begin(args: Namespace, dialect: Dialect, switches: Switches, manifest: Mani
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
         train_samples=length.samples,
+        workers=args.num_workers,
     )
     engine = sampling.engine
     totals = RunTotals(len(manifest.components), engine.meta_batch)
@@ -187,13 +201,13 @@ def take_training_data(dataset: Any) -> Any:
         return dataset
     run, engine = _run, _run.sampling.engine
     if run.sampling.feed is None:
-        rows = _open(run.dialect, run.args)[1]
+        rows = open_data(run.dialect, run.args)[1]
         run.sampling.feed = MetaBatchFeed(
             run.dialect.make_samples(engine.manifest, rows, dataset),
             engine.sampler,
             engine.own,
             workers=run.args.num_workers,
-            mask_lag=engine.config.order.mask_lag,
+            mask_lag=engine.epochs.lag,
         )
     return UnreadLoader()
 
@@ -202,18 +216,7 @@ def wrap_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
     """Put scoring and choosing around the schedule of a training loop."""
     if _run is None:
         return schedule
-    args = _run.args
-
-    def sized(**call: Any) -> Any:
-        # ranks that get their batch from a tensor-parallel peer make room for it by Megatron's own sizes
-        before = args.micro_batch_size, args.seq_length
-        args.micro_batch_size, args.seq_length = call["micro_batch_size"], call["seq_length"]
-        try:
-            return schedule(**call)
-        finally:
-            args.micro_batch_size, args.seq_length = before
-
-    return _run.sampling.wrap(sized)
+    return _run.sampling.wrap(sized_by_call(schedule, _run.args))
 
 
 def finish_step(*, skipped: bool, leaving: bool) -> None:
@@ -308,6 +311,9 @@ def log(iteration: int) -> None:
         f"es score/train (ms): {score:.1f}/{train:.1f}",
         f"nan sequences: {totals.bad}",
     ]
+    names = [component.name for component in engine.manifest.components]
+    if shares := totals.told_shares(names):
+        parts.append(f"drawn/trained: {shares}")
     _say(" " + " | ".join(parts) + " |")
     _to_board(
         iteration,
@@ -318,6 +324,8 @@ def log(iteration: int) -> None:
             "es/saved": saved,
             "es/tokens_forwarded": 1e6 * forwarded,
             "es/tokens_trained": 1e6 * trained,
+            **{f"es/drawn_share/{name}": share for name, (share, _) in totals.shares(names).items()},
+            **{f"es/trained_share/{name}": share for name, (_, share) in totals.shares(names).items()},
         },
     )
 
@@ -374,7 +382,7 @@ MEGATRON_LM = Dialect(
 )
 
 
-def _from_first_rank(compute: Callable[[], Any]) -> Any:
+def from_first_rank(compute: Callable[[], Any]) -> Any:
     """What `compute` gives on rank 0, on every rank; what it raises there is raised on every rank."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from es_megatron.frameworks import arguments, megatron_lm
+from es_megatron.frameworks import arguments, megatron_lm, megatron_lm_reference
 from es_megatron.frameworks.megatron_lm_data import UnreadLoader
 
 Function = Callable[..., Any]
@@ -24,7 +24,8 @@ def start(original: Function) -> Function:
     """The run is planned, or restored, before model, optimizer and learning-rate schedule are made."""
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        megatron_lm.start(megatron_lm.MEGATRON_LM)
+        if not megatron_lm_reference.start(megatron_lm.MEGATRON_LM):
+            megatron_lm.start(megatron_lm.MEGATRON_LM)
         return original(*args, **kwargs)
 
     return replacement
@@ -36,6 +37,7 @@ def load(original: Function) -> Function:
     def replacement(*args: Any, **kwargs: Any) -> Any:
         loaded = original(*args, **kwargs)
         megatron_lm.check_loaded(int(loaded[0]))
+        megatron_lm_reference.loaded(int(loaded[0]))
         return loaded
 
     return replacement
@@ -56,7 +58,7 @@ def take_training_data(original: Function) -> Function:
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
         train, *others = original(*args, **kwargs)
-        return megatron_lm.take_training_data(train), *others
+        return megatron_lm_reference.take_training_data(megatron_lm.take_training_data(train)), *others
 
     return replacement
 
@@ -70,7 +72,9 @@ def leave_loading_out(original: Function) -> Function:
 
 def wrap_schedule(original: Function) -> Function:
     """Training calls of the schedule score, choose and train."""
-    return lambda *args, **kwargs: megatron_lm.wrap_schedule(original(*args, **kwargs))
+    return lambda *args, **kwargs: megatron_lm_reference.wrap_schedule(
+        megatron_lm.wrap_schedule(original(*args, **kwargs))
+    )
 
 
 def finish_step(original: Function) -> Function:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from es_megatron.algorithm.pruners import PRUNERS
 from es_megatron.checkpoint.sealed import parse_json
@@ -80,6 +80,23 @@ def find_start(args: Namespace) -> StartingPoint:
         return StartingPoint(iteration, None, iteration)
     state = parse_json((folder / "state.json").read_bytes(), folder / "state.json")
     return StartingPoint(iteration, str(folder), int(state["started_at"]))
+
+
+def sized_by_call(schedule: Callable[..., Any], args: Namespace) -> Callable[..., Any]:
+    """Have ranks that get their batch from a tensor-parallel peer make room for it by the call's sizes.
+
+    Megatron's own helper reads them from the arguments.
+    """
+
+    def sized(**call: Any) -> Any:
+        before = args.micro_batch_size, args.seq_length
+        args.micro_batch_size, args.seq_length = call["micro_batch_size"], call["seq_length"]
+        try:
+            return schedule(**call)
+        finally:
+            args.micro_batch_size, args.seq_length = before
+
+    return sized
 
 
 def refuse_arguments(args: Namespace, rows: Sequence[Refusal], config: EvolvedSamplingConfig) -> None:

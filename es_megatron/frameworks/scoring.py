@@ -15,6 +15,7 @@ from torch import Tensor
 from es_megatron.scoring import Scorer
 
 Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
 
 MAX_LOGITS = "current_max_attn_logits"
 
@@ -55,6 +56,12 @@ def sequence_losses(output: Tensor, mask: Tensor, tokens: int | None = None) -> 
     mask_BT = mask.detach().reshape(loss_BT.shape).float()
     loss_BT, mask_BT = loss_BT[:, :tokens], mask_BT[:, :tokens]
     return torch.where(mask_BT > 0, loss_BT * mask_BT, 0.0).sum(dim=1) / mask_BT.sum(dim=1)
+
+
+def padded(ids: Int64, share: int, multiple: int) -> Int64:
+    """Ids that make whole micro-batches, int64[k * multiple] of at least `share`; the first ones are repeated."""
+    length = -(-share // multiple) * multiple
+    return np.resize(ids, length) if len(ids) else np.zeros(length, np.int64)
 
 
 def join(found: list[Tensor]) -> Float32 | None:

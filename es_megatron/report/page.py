@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,7 @@ def _facts(analysis: Analysis, summary: Mapping[str, Any] | None) -> Iterator[tu
     yield "method", f"arm {plan['arm']}, {chooses}, pruning ratio {plan['pruning_ratio']:g}, anneal {plan['anneal']:g}"
     yield "batch", f"b = {plan['kept']} of B = {plan['meta_batch']} sequences of {length} tokens"
     yield "components", ", ".join(f"{c['name']} ({c['samples']} samples, {c['share']:.1%})" for c in plan["components"])
+    yield "mixture", _mixture(analysis)
     scored, trained = analysis.total("scored"), analysis.total("trained")
     forwarded, whole = (
         (plan["scored_share"] * scored + trained) * length,
@@ -97,6 +99,19 @@ def _facts(analysis: Analysis, summary: Mapping[str, Any] | None) -> Iterator[tu
     yield "calibration", f"{times} (of a micro-batch on a stage), {ratio}; `es-megatron plan` takes these"
     bad, skipped = analysis.total("bad"), analysis.total("skipped")
     yield "trouble", f"{bad:g} sequences with a non-finite loss, {skipped:g} skipped optimizer steps"
+
+
+def _mixture(analysis: Analysis) -> str:
+    """Drawn and trained shares so far."""
+    drawn, trained = Counter[str](), Counter[str]()
+    for stretch in analysis.stretches:
+        drawn.update(stretch.drawn)
+        trained.update(stretch.chosen)
+    if not drawn.total() or not trained.total():
+        return "unknown"
+    of_drawn, of_trained = drawn.total(), trained.total()
+    shares = (f"{name} {drawn[name] / of_drawn:.1%} -> {trained[name] / of_trained:.1%}" for name in drawn)
+    return f"drawn -> trained: {', '.join(shares)}"
 
 
 def _share(value: float) -> str:

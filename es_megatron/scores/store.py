@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from es_megatron.algorithm.evolution import MAX_VISITS, evolve, usable_scores
+from es_megatron.algorithm.margin import Against
 from es_megatron.algorithm.ownership import owned_range
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scores.means import ComponentSums
+from es_megatron.scores.reference import ReferenceLosses
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -40,9 +42,11 @@ class Lookup(NamedTuple):
     visits: UInt8
     used: Float32
     """Scores as they are used for choosing (`usable_scores`); unseen samples count as that says."""
+    against: Against | None = None
+    """Reference losses, where the run has any."""
 
     def at(self, positions: Int64) -> Lookup:
-        """The same of some of the samples."""
+        """Scores of some of the samples."""
         return Lookup(self.score[positions], self.visits[positions], self.used[positions])
 
 
@@ -71,6 +75,8 @@ class ScoreStore:
         self.visits: UInt8 = allocate(self.high - self.low, np.uint8, config.scores.folder)
         self.start = 1.0 / manifest.total
         self.sums = ComponentSums(len(manifest.components), self.start)
+        self.reference: ReferenceLosses | None = None
+        """Losses of a reference model; set before scores are loaded."""
         self._staged: Staged | None = None
 
     def stored(self, ids: Int64) -> tuple[Float32, UInt8]:
@@ -80,6 +86,14 @@ class ScoreStore:
         score, visits = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.uint8)
         score[mine], visits[mine] = self.score.take(slot), self.visits.take(slot)
         return score, visits
+
+    def stored_reference(self, ids: Int64) -> Float32:
+        """Reference losses of the ids this rank owns, nan where there is none, 0 for the others' ids."""
+        assert self.reference is not None
+        mine = np.flatnonzero((ids >= self.low) & (ids < self.high))
+        found = np.zeros(len(ids), np.float32)
+        found[mine] = self.reference.stored(ids.take(mine) - self.low)
+        return found
 
     def lookup(self, ids: Int64) -> Lookup:
         """Scores of some samples, the same on every rank; one collective over the data-parallel ranks.
@@ -106,19 +120,29 @@ class ScoreStore:
     def _gather(self, ids: Int64, loss: Float32 | None) -> tuple[Lookup, Float32]:
         score, visits = self.stored(ids)
         rows = [score, visits.astype(np.float32), *([] if loss is None else [loss])]
+        if self.reference is not None:
+            rows.append(self.stored_reference(ids))
         packed = np.stack(rows)
+        component, _ = self.manifest.locate(ids)
+        against = None
         if self.config.correction == "paper":
             packed, means = self.grid.sum_over_dp(packed), None
         else:
             # The sums that means are made of come along: float64 holds whole numbers exactly up to 2^53.
-            sums = self.sums.total
-            wide = np.concatenate([packed.reshape(-1), sums.reshape(-1)], dtype=np.float64)
-            wide = self.grid.sum_over_dp(wide)
-            means = self.sums.means(wide[packed.size :].reshape(sums.shape))
+            sums, moments = self.sums.total, self._moment_sums()
+            wide = [each.reshape(-1) for each in (packed, sums, moments)]
+            wide = self.grid.sum_over_dp(np.concatenate(wide, dtype=np.float64))
             packed = wide[: packed.size].reshape(packed.shape).astype(np.float32)
+            means = self.sums.means(wide[packed.size : packed.size + sums.size].reshape(sums.shape))
+            if self.reference is not None:
+                moments = self.reference.moments(wide[packed.size + sums.size :].reshape(moments.shape))
+                against = self.reference.against(packed[-1], component, moments)
         score, visits = packed[0], packed[1].astype(np.uint8)
-        unseen = 0.0 if means is None else means[self.manifest.locate(ids)[0]]
-        return Lookup(score, visits, self.usable(score, visits, unseen)), packed[2:]
+        unseen = 0.0 if means is None else means[component]
+        return Lookup(score, visits, self.usable(score, visits, unseen), against), packed[2:]
+
+    def _moment_sums(self) -> Int64:
+        return np.zeros((0, 0), np.int64) if self.reference is None else self.reference.total
 
     def usable(self, score: Float32, visits: UInt8, unseen: float | Float32) -> Float32:
         """Scores as they are used for choosing; with `debiased` correction unseen ones count as `unseen`."""
@@ -155,7 +179,10 @@ class ScoreStore:
         visits = self.visits[slot]
         now = np.minimum(visits, MAX_VISITS - 1) + 1
         before = self.usable(self.score[slot], visits, 0.0)
-        self.sums.replace(component, before, self.usable(staged.score, now, 0.0), visits > 0)
+        used = self.usable(staged.score, now, 0.0)
+        self.sums.replace(component, before, used, visits > 0)
+        if self.reference is not None:
+            self.reference.add(component, slot, np.where(visits > 0, before, np.float32(np.nan)), used)
         self.score[slot], self.visits[slot] = staged.score, now
 
     def discard(self) -> None:
@@ -192,10 +219,16 @@ class ScoreStore:
             self.score[:], self.visits[:] = score, visits
         self._staged = None
         self.sums = ComponentSums(len(self.manifest.components), self.start)
+        if self.reference is not None:
+            self.reference.forget()
         for component in range(len(self.manifest.components)):
-            for row_score, row_visits, _ in self.blocks(component):
+            for row_score, row_visits, row in self.blocks(component):
                 seen = row_visits > 0
-                self.sums.count(component, self.usable(row_score[seen], row_visits[seen], 0.0))
+                used = self.usable(row_score[seen], row_visits[seen], 0.0)
+                self.sums.count(component, used)
+                if self.reference is not None:
+                    slot = int(self.manifest.offsets[component]) - self.low + row + np.flatnonzero(seen)
+                    self.reference.add(component, slot, None, used)
 
     def rows(self, component: int) -> tuple[int, int]:
         """Rows of a component that this rank owns, half-open."""

@@ -120,3 +120,12 @@ SCORERS: Mapping[str, Callable[[EvolvedSamplingConfig], Scorer]] = {
 def scorer_of(config: EvolvedSamplingConfig) -> Scorer:
     """The scorer that the settings name, or none where the arm keeps no scores."""
     return SCORERS[config.scorer.kind](config) if arm_of(config).scores else NoScorer()
+
+
+def settings_of_pass(config: EvolvedSamplingConfig) -> EvolvedSamplingConfig:
+    """Settings for scoring alone: a pass as that of a run with `config` reads rows, over whole meta-batches."""
+    scorer = config.scorer
+    read = {"kind": "prefix" if scorer_of(config).shortens else "fresh", "prefix_share": scorer.prefix_share}
+    size = {} if scorer.micro_batch_size is None else {"micro_batch_size": scorer.micro_batch_size}
+    told = {"scorer": {**read, **size}, "selection": {"keep_ratio": 1.0}, "seed": config.seed}
+    return EvolvedSamplingConfig.from_mapping(told)

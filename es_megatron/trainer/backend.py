@@ -36,6 +36,8 @@ class Backend(Protocol):
     """Model-parallel rank that computes losses."""
     scheduler: Any
     """Megatron-Core's `OptimizerParamScheduler`."""
+    parameters: int
+    """Of this rank's part of the model."""
 
     def iterate(self) -> Iteration:
         """Draw, score, train, step, and close the iteration; collective."""

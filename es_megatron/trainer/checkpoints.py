@@ -71,9 +71,10 @@ class RunCheckpoints:
             state = engine.load(self._found / ES_STATE)
         else:
             state = self._resumption.state
+            engine.follow(state["engine"])
             backend.scheduler.override_opt_param_scheduler = True  # the run has another length now
         totals.load_state_dict(state["totals"])
-        totals.chosen = self._renumber(totals.chosen)
+        totals.chosen, totals.drawn = self._renumber(totals.chosen), self._renumber(totals.drawn)
         backend.load(self._found / MODEL)
         LOGGER.info("resumed from %s at iteration %d", self._found, engine.iteration)
         return list(state["evaluations"])
@@ -115,9 +116,9 @@ class RunCheckpoints:
         scores = f"scores and masks: {report.bytes} bytes in {report.seconds:.2f} s"
         return f"saved {where} in {seconds:.1f} s, of which {scores}"
 
-    def _renumber(self, chosen: np.ndarray) -> np.ndarray:
+    def _renumber(self, count: np.ndarray) -> np.ndarray:
         """Counts by component of the blend that saved, as counts by component of this one."""
         if self._resumption is None:
-            return chosen
-        counts = dict(zip([c.name for c in self._resumption.saved.components], chosen.tolist(), strict=True))
+            return count
+        counts = dict(zip([c.name for c in self._resumption.saved.components], count.tolist(), strict=True))
         return np.asarray([counts.get(c.name, 0) for c in self._manifest.components], dtype=np.int64)

@@ -102,6 +102,8 @@ class DeepSpeedBackend(Backend):
         """Build the model and attach; see `build_backend`."""
         self.settings = settings
         self.deepspeed: Any = build_deepspeed(settings, blend.vocab_size)
+        sizes = (getattr(each, "ds_numel", each.numel()) for each in self.deepspeed.module.parameters())  # of ZeRO 3
+        self.parameters = sum(sizes)
         self.sampling = attach(settings, self.deepspeed, blend, train_samples, warm_start)
         self.sampling.detach()  # the loop writes the ES state
         self.engine, self.loss_source = self.sampling.engine, self.sampling.loss_source

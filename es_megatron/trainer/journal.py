@@ -22,7 +22,7 @@ from es_megatron.errors import ConfigError
 from es_megatron.frameworks.audit import Audit
 from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.metrics_file import MetricsFile
-from es_megatron.trainer.settings import PretrainSettings
+from es_megatron.trainer.settings import SETTINGS, PretrainSettings, write_settings
 
 
 class Journal:
@@ -51,6 +51,7 @@ class Journal:
         if not speaks:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
+        write_settings(settings, self._directory / SETTINGS)
         self._log = LineFile(self._directory / "log.txt")
         facts = plan_facts(plan, layout, settings.model.seq_length)
         self._metrics = MetricsFile(self._directory, plan, facts, start)
@@ -93,8 +94,14 @@ class Journal:
         if self._audit is not None:
             self._audit.write(record.iteration, record)
 
-    def log(self, entry: LogEntry, record: StepRecord | None) -> None:
-        """Write the log line and the scalars."""
+    def log(self, entry: LogEntry, record: StepRecord | None, shares: Mapping[str, tuple[float, float]]) -> None:
+        """Write the log line and the scalars.
+
+        Args:
+            entry: the line.
+            record: of the last iteration.
+            shares: drawn and trained share of each component so far.
+        """
         self.say(entry.line())
         if self._metrics is not None:
             self._metrics.end(entry.lm_loss)
@@ -111,6 +118,8 @@ class Journal:
             "es/meta_loss": record.meta_loss,
             "es/chosen_loss": record.chosen_loss,
             **{f"es/chosen_{c}": n for c, n in enumerate(np.bincount(record.components).tolist())},
+            **{f"es/drawn_share/{name}": drawn for name, (drawn, _) in shares.items()},
+            **{f"es/trained_share/{name}": trained for name, (_, trained) in shares.items()},
         }
         for name, value in scalars.items():
             if math.isfinite(value):

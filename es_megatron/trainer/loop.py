@@ -48,6 +48,7 @@ class Trainer:
         self.engine = self.backend.engine
         self.grid = self.engine.grid
         self.totals = RunTotals(len(blend.manifest.components), training.global_batch_size)
+        self.component_names = [component.name for component in blend.manifest.components]
         self.layout: Layout = self.backend.calibrate()
         evaluations = self.checkpoints.restore(self.backend, self.totals)
         self.evaluations: list[dict[str, Any]] = evaluations or []
@@ -72,6 +73,17 @@ class Trainer:
             summary = self._summary(finished)
             journal.summarize(summary)
             return summary
+
+    def size_and_time(self) -> str:
+        """The model's size, the tokens it will be trained on, and the time that takes as measured; collective."""
+        plan, grid = self.engine.plan, self.grid
+        copies = grid.gather_objects((grid.dp_rank, self.backend.parameters))
+        parameters = sum(count for dp_rank, count in copies if dp_rank == 0)
+        tokens = plan.sequences_trained * self.settings.model.seq_length
+        seconds = plan.schedule.iterations * self.layout.whole()
+        return (
+            f"{parameters / 1e6:.2f} M parameters, {tokens / 1e6:.2f} M tokens, about {seconds:,.0f} s on this machine"
+        )
 
     def _train(self, journal: Journal, iterations: int) -> None:
         training, run = self.settings.training, self.settings.run
@@ -131,8 +143,10 @@ class Trainer:
             grad_norm=sums.norm,
             skipped=self.totals.skipped,
             bad=self.totals.bad,
+            shares=self.totals.told_shares(self.component_names),
         )
-        journal.log(entry, self.engine.last)
+        shares = self.totals.shares(self.component_names)
+        journal.log(entry, self.engine.last, shares)
 
     def _evaluate(self, journal: Journal) -> None:
         if not self.settings.training.eval_samples or not self.blend.validation:
@@ -160,7 +174,7 @@ class Trainer:
     def _summary(self, finished: bool) -> dict[str, Any]:
         plan, seq_length = self.engine.plan, self.settings.model.seq_length
         whole, calibrated, price = nominal(self.layout), predict(plan, self.layout), plan.scoring_price
-        names = [component.name for component in self.blend.manifest.components]
+        names = self.component_names
         return {
             "finished": finished,
             "arm": plan.config.arm,
@@ -181,6 +195,7 @@ class Trainer:
             "tokens_scored": round(plan.scored_share * self.totals.sequences_scored * seq_length),
             "tokens_trained": self.totals.sequences_trained * seq_length,
             "chosen": dict(zip(names, self.totals.chosen.tolist(), strict=True)),
+            "drawn": dict(zip(names, self.totals.drawn.tolist(), strict=True)),
             "cost": FORWARD_COST * price * self.totals.sequences_scored + TRAIN_COST * self.totals.sequences_trained,
             "plain_cost": plan.plain_cost,
             "seconds": self.totals.seconds,

@@ -51,6 +51,7 @@ class MegatronBackend(Backend):
         )
         self.engine, self.loss_source = self.sampling.engine, self.sampling.loss_source
         self.chunks = build_model(settings, blend.vocab_size)
+        self.parameters = sum(each.numel() for chunk in self.chunks for each in chunk.parameters())
         self.optimizer = build_optimizer(settings, self.chunks)
         self.scheduler: Any = build_scheduler(settings, self.optimizer, self.engine.plan.schedule.iterations)
         schedule = get_forward_backward_func()

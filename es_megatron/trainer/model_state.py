@@ -122,6 +122,27 @@ def load_model(
     return int(loaded["iteration"])
 
 
+def load_weights(directory: str | Path, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Load the weights of a checkpoint alone, in place, under any layout; collective.
+
+    Args:
+        directory: of a checkpoint of `save_model`.
+        chunks: of `build_model`, for the same model.
+
+    Raises:
+        CheckpointError: no such checkpoint, a damaged one, or one of another model.
+    """
+    with _failures_named(f"The weights of `{directory}` could not be loaded", "Use its own settings."):
+        if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+            raise CheckpointError(f"`{directory}` holds no complete model checkpoint. Check the path.")
+        state = {
+            key: unwrap(chunk).sharded_state_dict(metadata=dict(METADATA)) for key, chunk in _named(chunks).items()
+        }
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory))  # pyright: ignore[reportAssignmentType]
+        for key, chunk in _named(chunks).items():
+            unwrap(chunk).load_state_dict(loaded[key], strict=True)
+
+
 def random_state() -> dict[str, Any]:
     """Give the states of every generator a step may draw from, in types that torch loads without pickle."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - what libraries draw from

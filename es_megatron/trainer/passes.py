@@ -17,7 +17,7 @@ from torch import Tensor
 from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows, collate
 from es_megatron.frameworks.megatron_core import mask_of_partial
-from es_megatron.frameworks.scoring import join, sequence_losses, traceless
+from es_megatron.frameworks.scoring import join, padded, sequence_losses, traceless
 from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer.model import forward_step
 from es_megatron.trainer.settings import PretrainSettings
@@ -68,14 +68,14 @@ class SchedulePasses(NamedTuple):
 
     def run(self, micro_batches: MicroBatches, **changes: Any) -> Any:
         """Call the schedule on micro-batches that every data-reading rank has."""
-        size = len(micro_batches[0]["tokens"])
+        size, tokens = micro_batches[0]["tokens"].shape
         single = len(self.chunks) == 1
         return self.schedule(
             forward_step_func=changes.pop("forward_step_func", forward_step),
             data_iterator=iter(micro_batches) if single else [iter(micro_batches) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
-            seq_length=self.settings.model.seq_length,
+            seq_length=tokens,
             micro_batch_size=size,
             **changes,
         )
@@ -112,25 +112,43 @@ def evaluate(passes: BarePasses, domains: Mapping[str, Rows]) -> dict[str, float
         The same on every rank.
     """
     settings, grid = passes.settings, passes.grid
-    size = settings.training.micro_batch_size
-    multiple = size * (settings.parallel.pipeline if settings.parallel.chunks > 1 else 1)
     losses: dict[str, float] = {}
     for name, rows in domains.items():
         count = min(settings.training.eval_samples, len(rows))  # pyright: ignore[reportArgumentType]
         if count == 0:
             continue
         mine = np.arange(grid.dp_rank, count, grid.dp_size)
-        share = math.ceil(count / grid.dp_size)
-        length = math.ceil(share / multiple) * multiple
-        padded = np.resize(mine, length) if len(mine) else np.zeros(length, np.int64)  # repeats are not counted
-        samples = [rows[int(row)] for row in padded]
-        micro_batches = [collate(samples[start : start + size]) for start in range(0, length, size)]
-        found = passes.score(micro_batches)
-        own = np.zeros(length, np.float32) if found is None else found
-        own = grid.broadcast_over_mp(own, passes.loss_source)[: len(mine)]
+        own = losses_of_rows(passes, rows, mine, math.ceil(count / grid.dp_size))
         total = grid.sum_over_dp(np.asarray([own.sum(dtype=np.float64), len(own)]))
         losses[name] = float(total[0] / total[1])
     return losses
+
+
+def losses_of_rows(
+    passes: BarePasses, rows: Rows, mine: npt.NDArray[np.int64], share: int, tokens: int | None = None
+) -> Float32:
+    """Mean token loss of rows, forward only; collective over the ranks of one copy of the model.
+
+    Args:
+        passes: what a pass needs.
+        rows: samples by number.
+        mine: int64[N], numbers of this data-parallel rank's.
+        share: >= N, for how many the pass is made: the same on every rank where experts are spread over them.
+        tokens: first tokens of a row that count; None: all.
+
+    Returns:
+        float32[N], the same on every rank of the copy.
+    """
+    settings = passes.settings
+    size = settings.training.micro_batch_size
+    multiple = size * (settings.parallel.pipeline if settings.parallel.chunks > 1 else 1)
+    samples = [rows[int(row)] for row in padded(mine, share, multiple)]
+    micro_batches = [collate(samples[start : start + size]) for start in range(0, len(samples), size)]
+    if tokens is not None:
+        micro_batches = [{name: each[:, :tokens] for name, each in batch.items()} for batch in micro_batches]
+    found = passes.score(micro_batches)
+    own = np.zeros(len(samples), np.float32) if found is None else found
+    return passes.grid.broadcast_over_mp(own, passes.loss_source)[: len(mine)]
 
 
 def calibrate(passes: BarePasses, zero: Callable[[], None]) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from es_megatron.checkpoint.disk import replace_file
 from es_megatron.config import EvolvedSamplingConfig, build, require, require_choice
 from es_megatron.config.names import grouped, override_path
 from es_megatron.errors import ConfigError, LayoutError
@@ -31,7 +33,7 @@ class DataSettings:
     """Loader processes of each rank that reads data, >= 0; 0 reads in the training process."""
 
     prefetch: int = 2
-    """Meta-batches loaded ahead, >= 1; at most the `mask_lag` of Evolved Sampling."""
+    """Meta-batches that each worker loads ahead, >= 1; at most `order.mask_lag` / workers, where that is given."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -200,11 +202,29 @@ class PretrainSettings:
         rule = f"a multiple of pipeline size x chunks per rank = {pieces}"
         require(model.num_layers % pieces == 0, "num_layers", rule, model.num_layers)
         lag, prefetch = self.evolved_sampling.order.mask_lag, self.data.prefetch
-        require(prefetch <= lag, "prefetch", f"at most `mask_lag` = {lag}", prefetch)
+        if lag is not None:
+            require(prefetch <= lag, "prefetch", f"at most `order.mask_lag` = {lag}", prefetch)
         if self.backend == "deepspeed":
             training = self.training
             bf16, clips = training.precision == "bf16", training.clip_grad > 0
             check_deepspeed(self.deepspeed, parallel, bf16=bf16, clips=clips)
+
+
+SETTINGS = "settings.yaml"
+"""File of a run's folder with all of its settings."""
+
+
+def write_settings(settings: PretrainSettings, path: Path) -> None:
+    """Write all settings of a run, with absolute paths, so that `load_settings` reads them back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, EvolvedSamplingConfig):
+            return value.to_mapping()
+        if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return str(value.resolve()) if isinstance(value, Path) else value
+
+    replace_file(path, yaml.safe_dump(plain(settings), sort_keys=False).encode())
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSettings:

@@ -112,7 +112,7 @@ SETTINGS = [
     ("training.global_batch_size=15", "`global_batch_size` must be a multiple of", "Use 16"),
     ("training.passes=2", "Exactly one of `passes` and `train_samples`", "Give one"),
     ("parallel.tensor=4", "must be a multiple of tensor x pipeline = 4 x 1", "Start 4"),
-    ("data.num_workers=8", "`order.mask_lag` must be >= 16", "Raise it, or use fewer workers"),
+    ("evolved_sampling.order.mask_lag=1", "`prefetch` must be at most `order.mask_lag` = 1", "but is 2 instead"),
 ]
 
 

@@ -1,4 +1,7 @@
-"""Every policy, pruner and scorer through the real trainer: it runs, it is the same on every layout, it resumes."""
+"""Every policy, pruner and scorer through the real trainer: it runs, it is the same on every layout, it resumes.
+
+`reducible`, which needs a reference, is in test_kept_and_reducible.py.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ SECONDS = 200
 SAMPLES = f"training.train_samples={ITERATIONS * META_BATCH}"
 SHALLOW = "model.num_layers=2"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    **{f"policy-{name}": (f"selection.policy={name}",) for name in POLICIES.names() if name != "es"},
+    **{f"policy-{name}": (f"selection.policy={name}",) for name in POLICIES.names() if name not in {"es", "reducible"}},
     "policy-es-options": ("selection.policy=es", "selection.options=[power=2, leave_out=0.3]"),
     "parts": ("selection.policy=adaselection", "selection.parts=2"),
     **{

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from es_megatron.checkpoint.es_state import load_es_state
+from es_megatron.checkpoint.transfer import saved_blend
+from es_megatron.rank_grid import RankGrid
 from tests.megatron_lm_helper import SCORES, Outcome, Site, digest_tensors
 
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
@@ -320,6 +325,62 @@ def test_what_cannot_work_is_refused(site: Site, flags: list[str], told: str) ->
     assert outcome.code != 0
     assert told in outcome.text
     assert not outcome.audit
+
+
+@pytest.fixture(scope="module")
+def teacher(site: Site, weights: list[str]) -> Path:
+    """A finished plain run, to score with."""
+    folder = site.root / "teacher"
+    keep = ["--train-iters", "20", "--save", str(folder), "--save-interval", "20"]
+    succeeded(site.run("teacher", [*keep, *weights], patched=False))
+    return folder
+
+
+def losses_in(folder: Path) -> Any:
+    found = load_es_state(folder, saved_blend(folder).total, RankGrid.alone())
+    assert found.state["reference"]["tokens"] == 32
+    assert found.visits.all()
+    return found.score
+
+
+def test_megatron_scores_a_reference_that_a_run_then_chooses_by(site: Site, weights: list[str], teacher: Path) -> None:
+    """The losses are those of Megatron's own training forward, on every layout, and move the choice."""
+    found: dict[str, Any] = {}
+    for name, (ranks, flags) in {"one": (1, []), **{name: LAYOUTS[name] for name in ("DP2", "TP2", "VPP2")}}.items():
+        folder = site.root / f"losses-{name}"
+        more = [*flags, "--es-score-reference", str(folder)]
+        told = succeeded(site.run(f"score-{name}", ["--train-iters", "20", "--load", str(teacher), *more], ranks=ranks))
+        assert "rows scored" in told.text
+        assert not told.audit
+        found[name] = losses_in(folder)
+    for loss in found.values():
+        np.testing.assert_allclose(loss, found["one"], rtol=1e-5)
+    still = [
+        "--load",
+        str(teacher),
+        "--finetune",
+        "--no-load-optim",
+        "--no-load-rng",
+        "--train-iters",
+        "20",
+        "--exit-interval",
+        "2",
+    ]
+    plain = succeeded(site.run("plain-of-teacher", [*still, "--es-arm", "plain"]))
+    mean = found["one"][plain.chosen()[1]].mean()
+    assert float(plain.values("lm loss", after=0)[1]) == pytest.approx(mean, rel=1e-5)
+    by = ["--es-reference", str(site.root / "losses-one"), "--es-selection-policy", "reducible"]
+    chosen = succeeded(site.run("reducible", [*SHORT, *by, "--es-selection-keep-ratio", "0.25", *weights])).chosen()
+    few = [ids for ids in chosen.values() if len(ids) < 16]
+    assert np.mean([found["one"][ids].mean() for ids in few]) < found["one"].mean() - 0.01, (
+        "what it finds easy goes first"
+    )
+
+
+def test_a_reference_needs_a_checkpoint(site: Site) -> None:
+    outcome = site.run("score-nothing", [*LENGTH, "--es-score-reference", str(site.root / "none")])
+    assert outcome.code != 0
+    assert "`--load` must name the checkpoint to score with" in outcome.text
 
 
 def test_flags_are_in_the_help(site: Site) -> None:

@@ -17,6 +17,8 @@ from es_megatron.rank_grid import RankGrid
 from tests.es_config import es_config
 
 B = 16
+ONE = np.zeros(B, np.int64)
+"""All of one component."""
 MANIFEST = Manifest((Component("a", "a", 4000, 1.0, "f"),), 8)
 
 
@@ -33,19 +35,19 @@ def known(loss) -> Known:
 def test_ranking_takes_the_largest_and_never_what_has_no_loss():
     loss = np.arange(1.0, B + 1)
     loss[[15, 12]] = np.nan, np.inf
-    assert chooser(policy="big-loss").choose(0, known(loss)).positions.tolist() == [10, 11, 13, 14]
-    assert chooser(policy="small-loss").choose(0, known(loss)).positions.tolist() == [0, 1, 2, 3]
+    assert chooser(policy="big-loss").choose(0, known(loss), ONE).positions.tolist() == [10, 11, 13, 14]
+    assert chooser(policy="small-loss").choose(0, known(loss), ONE).positions.tolist() == [0, 1, 2, 3]
     with pytest.raises(LossError, match=r"At least 4 sequences .* but 3 of 16 have"):
-        chooser(policy="big-loss").choose(0, known([1, 2, 3] + [np.nan] * 13))
+        chooser(policy="big-loss").choose(0, known([1, 2, 3] + [np.nan] * 13), ONE)
 
 
 def test_ties_go_to_the_lower_position():
-    assert chooser(policy="big-loss").choose(0, known(np.ones(B))).positions.tolist() == [0, 1, 2, 3]
+    assert chooser(policy="big-loss").choose(0, known(np.ones(B)), ONE).positions.tolist() == [0, 1, 2, 3]
 
 
 def test_groups_are_ranked_by_their_mean():
     loss = np.asarray([1, 9, 4, 4, 6, 6, 0, 0, 8, 8, 0, 0, 0, 0, 0.5, 0.5])
-    found = chooser(policy="big-loss", granularity="microbatch").choose(0, known(loss)).positions.tolist()
+    found = chooser(policy="big-loss", granularity="microbatch").choose(0, known(loss), ONE).positions.tolist()
     assert found == [4, 5, 8, 9]
 
 
@@ -53,12 +55,12 @@ def test_parts_choose_as_many_smaller_meta_batches_would():
     """What Algorithm 2 of AdaSelection gathers over mini-batches is what parts choose, mini-batch by mini-batch."""
     loss = np.random.default_rng(0).random(B) + 1
     whole = chooser(policy="adaselection", selection_parts=2)
-    positions = whole.choose(5, known(loss)).positions.tolist()
+    positions = whole.choose(5, known(loss), ONE).positions.tolist()
     plan = plan_run(es_config(preset="paper", policy="adaselection"), MANIFEST, B // 2, 2, 4000)
     half = Chooser(plan, RankGrid.alone(), 2)
-    gathered = half.choose(5, known(loss[: B // 2])).positions.tolist()
+    gathered = half.choose(5, known(loss[: B // 2]), ONE[: B // 2]).positions.tolist()
     half.commit()
-    gathered += [B // 2 + p for p in half.choose(5, known(loss[B // 2 :])).positions.tolist()]
+    gathered += [B // 2 + p for p in half.choose(5, known(loss[B // 2 :]), ONE[: B // 2]).positions.tolist()]
     half.commit()
     whole.commit()
     assert positions == gathered
@@ -66,7 +68,7 @@ def test_parts_choose_as_many_smaller_meta_batches_would():
 
 
 def test_parts_weigh_inclusion_in_each_part():
-    found = chooser(selection_parts=2, inclusion_weights=True, policy="uniform").choose(0, known(np.ones(B)))
+    found = chooser(selection_parts=2, inclusion_weights=True, policy="uniform").choose(0, known(np.ones(B)), ONE)
     assert (found.positions < B // 2).sum() == 2
     assert found.weights is not None
     assert len(found.weights) == 4
@@ -76,15 +78,15 @@ def test_parts_weigh_inclusion_in_each_part():
 def test_state_is_kept_by_commit_only():
     made = chooser(policy="adaselection")
     before = copy.deepcopy(made.state)
-    made.choose(0, known(np.arange(1, B + 1)))
+    made.choose(0, known(np.arange(1, B + 1)), ONE)
     made.discard()
     made.commit()
     assert made.state == before
-    made.choose(0, known(np.arange(1, B + 1)))
-    made.choose(0, known(np.arange(1, B + 1)))  # run again: as if once
+    made.choose(0, known(np.arange(1, B + 1)), ONE)
+    made.choose(0, known(np.arange(1, B + 1)), ONE)  # run again: as if once
     made.commit()
     other = chooser(policy="adaselection")
-    other.choose(0, known(np.arange(1, B + 1)))
+    other.choose(0, known(np.arange(1, B + 1)), ONE)
     other.commit()
     assert made.state == other.state != before
 
@@ -133,11 +135,11 @@ def test_guard_falls_back_where_weights_are_worth_less_than_their_price(caplog: 
     with caplog.at_level(logging.WARNING):
         for iteration in range(3):
             assert not made.fell
-            assert len(made.choose(iteration, known(np.ones(B))).positions) == 4
+            assert len(made.choose(iteration, known(np.ones(B)), ONE).positions) == 4
             made.commit()
     assert made.fell
     assert "from now on 8 of 16 sequences are trained, at random" in caplog.text
-    assert len(made.choose_any(3).positions) == 8
+    assert len(made.choose_any(3, ONE).positions) == 8
     assert chooser(guard="plain").plan.fallback == B
 
 
@@ -148,22 +150,22 @@ def test_guard_stays_where_weights_are_worth_it():
     assert equivalent_batch(loss) > made.plan.break_even_gain * 0.98
     loss[1:3] = 1e-3
     for iteration in range(6):
-        made.choose(iteration, known(loss))
+        made.choose(iteration, known(loss), ONE)
         made.commit()
     assert not made.fell
     free = chooser(guard="uniform", guard_window=1, scorer="history")
-    free.choose(0, known(np.arange(1, B + 1)))
+    free.choose(0, known(np.arange(1, B + 1)), ONE)
     free.commit()
     assert not free.fell  # free scores pay as soon as weights differ at all
 
 
 def test_guard_off_never_falls_and_takes_a_fall_back():
     made = chooser(guard_window=1)
-    made.choose(0, known(np.ones(B)))
+    made.choose(0, known(np.ones(B)), ONE)
     made.commit()
     assert not made.fell
     fallen = chooser(guard="uniform", guard_window=1)
-    fallen.choose(0, known(np.ones(B)))
+    fallen.choose(0, known(np.ones(B)), ONE)
     fallen.commit()
     assert fallen.fell
     made.load(fallen.state)
@@ -173,10 +175,10 @@ def test_guard_off_never_falls_and_takes_a_fall_back():
 def test_guard_does_not_judge_what_was_never_scored():
     made = chooser(guard="uniform", guard_window=1, scorer="history")
     for iteration in range(3):
-        made.choose(iteration, known(np.ones(B))._replace(informed=False))
+        made.choose(iteration, known(np.ones(B))._replace(informed=False), ONE)
         made.commit()
     assert not made.fell
-    made.choose(3, known(np.ones(B)))
+    made.choose(3, known(np.ones(B)), ONE)
     made.commit()
     assert made.fell
 
@@ -195,7 +197,7 @@ def test_the_placebo_may_need_norms():
     made = chooser(policy="grad-norm", arm="shuffled")
     assert made.needs_norm
     loss = np.arange(1, B + 1)
-    assert len(made.choose(0, known(loss)._replace(norm=loss.astype(np.float32))).positions) == 4
+    assert len(made.choose(0, known(loss)._replace(norm=loss.astype(np.float32)), ONE).positions) == 4
 
 
 @pytest.mark.parametrize("changes", [{"policy_options": ("power=16",)}, {"policy": "big-loss"}, {"policy": "adaboost"}])
@@ -203,7 +205,7 @@ def test_guard_judges_the_losses_whatever_a_policy_makes_of_them(changes: dict[s
     """Losses stand for gradient norms; a power makes the draw sharper, and the same sequences worth no more."""
     loss = np.linspace(1, 4, B)
     made = chooser(guard="uniform", guard_window=1, **changes)
-    made.choose(0, known(loss))
+    made.choose(0, known(loss), ONE)
     made.commit()
     assert made.state["guard"]["gain"] == pytest.approx(equivalent_batch(loss), rel=1e-6)
     assert made.fell

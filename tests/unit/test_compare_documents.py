@@ -18,7 +18,7 @@ from es_megatron.bench.damage import (
     shuffle_sentences,
     shuffle_words,
 )
-from es_megatron.bench.documents import ComponentTexts, articles, derive, held_out, read_parts, split
+from es_megatron.bench.documents import ComponentTexts, articles, derive, held_out, read_parts, set_aside, split
 from es_megatron.bench.recipe import Damage, Duplicates, Easy, Recipe, digest, identity
 from es_megatron.errors import ConfigError, DataError
 from es_megatron.prepare.command import PrepareSettings, prepare
@@ -93,6 +93,34 @@ def test_damage_replaces_training_documents_in_equal_numbers_and_leaves_the_othe
         assert set(held) <= set(after.texts) <= set(before.texts)
     assert derive(parts, recipe) == found
     assert derive(parts, Recipe(demo=True, damage=Damage(share=0.4), seed=1)) != found
+
+
+def test_damage_and_copies_inside_stay_in_their_component_and_are_trained_on(parts):
+    for changes in ({"damage": Damage(share=0.4, inside=True)}, {"duplicates": Duplicates(share=0.4, inside=True)}):
+        found = derive(parts, Recipe(demo=True, **changes))
+        assert count(found) == count(parts)
+        assert all(part.evaluated for part in found)
+        moved = 0
+        for before, after in zip(parts, found, strict=True):
+            held = held_out(before.texts, 0.1)
+            assert (held_out(after.texts, 0.1) == held).all(), "none of the new texts is held out"
+            pairs = list(zip(before.texts, after.texts, held, strict=True))
+            assert all(one == other for one, other, out in pairs if out)
+            moved += sum(one != other for one, other, _ in pairs)
+        training = sum(int((~held_out(part.texts, 0.1)).sum()) for part in parts)
+        assert moved == pytest.approx(0.4 * training, abs=3)  # shuffling may leave a text as it is
+
+
+def test_text_set_aside_is_trained_on_by_nobody_and_held_out_by_nobody(parts):
+    recipe = Recipe(demo=True, set_aside=0.25)
+    rest, apart = set_aside(parts, recipe)
+    for before, left, gone in zip(parts, rest, apart, strict=True):
+        assert sorted(left.texts + gone.texts) == sorted(before.texts)
+        assert not held_out(gone.texts, 0.1).any()
+    training = sum(int((~held_out(part.texts, 0.1)).sum()) for part in parts)
+    assert sum(len(part.texts) for part in apart) == round(0.25 * training)
+    assert set_aside(parts, recipe) == (rest, apart)
+    assert set_aside(parts, Recipe(demo=True)) == (parts, [])
 
 
 def test_near_copies_are_of_training_documents_that_stay(parts):

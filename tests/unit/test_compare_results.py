@@ -168,6 +168,17 @@ def test_the_tables_have_everything_and_the_json_is_plain(spec):
     assert told["cases"]["clean"]["uniform"]["against"]["plain"]["verdict"] == "ties"
 
 
+def test_a_reference_is_charged_to_the_arm_that_has_it(spec):
+    """A reference that cost as much as 24 forward passes over a sequence, where the plain run's 80 cost 3 each."""
+    found = conclude(spec, outcomes_of({"plain": [4.0], "es": [4.0]}), {("clean", "es"): 24.0})
+    arms = found.cases[0].arms
+    assert (arms["plain"].reference, arms["es"].reference) == (0.0, pytest.approx(0.1))
+    text = render(found)
+    assert "of ten runs" in text
+    assert "10.0%   1.0%" in " ".join(text.split()).replace("10.0% 1.0%", "10.0%   1.0%")
+    assert "of ten runs" not in render(conclude(spec, outcomes_of({"plain": [4.0]})))
+
+
 def test_nothing_finished_is_a_table_too(spec):
     assert "plain" in render(conclude(spec, {}))
 

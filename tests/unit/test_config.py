@@ -274,7 +274,7 @@ def test_any_mapping_gives_a_config_of_the_declared_types_or_a_config_error(mapp
         assert str(error)  # noqa: PT017
         return
     assert "colour" not in mapping
-    assert type(config.seed) is type(config.scorer.every) is type(config.order.mask_lag) is int
+    assert type(config.seed) is type(config.scorer.every) is type(config.guard.window) is int
     assert type(config.scores.beta1) is type(config.selection.keep_ratio) is type(config.selection.anneal) is float
     assert type(config.selection.inclusion_weights) is bool
     assert 0 < config.selection.keep_ratio <= 1

@@ -41,7 +41,7 @@ def found(report: Report, severity: str) -> str:
         ("--deepspeed --num-experts 64", "REFUSE", "experts have not been tried there"),
         ("--deepspeed --random-ltd", "REFUSE", "drops tokens"),
         ("--checkpoint-activations", "OK", "costs 3 forward passes"),
-        ("--num-workers 5", "NOTE", "10 iterations early"),
+        ("--num-workers 5 --es-order-mask-lag 8", "REFUSE", "10 iterations early, but `order.mask_lag` is 8"),
         ("--use-checkpoint-args", "NOTE", "may come from the checkpoint"),
         ("--tensor-model-parallel-size 3", "REFUSE", "cannot be cut into TP 3 = 3. Cure: use 3 or 6 ranks"),
         ("--tensor-model-parallel-size 0", "REFUSE", "at least 1"),

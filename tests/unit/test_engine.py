@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -69,7 +71,7 @@ def make(
     manifest: Manifest | None = None, *, samples: int = 40 * B, micro: int = 1, **settings: Any
 ) -> EvolvedSampling:
     options = {"pruning_ratio": 0.3, "mask_lag": 3, "seed": 5, "max_bad_losses": 0.5, **settings}
-    config = es_config(preset="paper", **options)
+    config = es_config(**{"preset": "paper", **options})
     blend = manifest or make_manifest(SIZES)
     return EvolvedSampling(config, blend, RankGrid.alone(), meta_batch=B, micro_batch=micro, train_samples=samples)
 
@@ -82,8 +84,10 @@ class Naive:
         self.schedule, self.manifest = engine.plan.schedule, engine.manifest
         n = self.manifest.total
         self.score = {sample: float(np.float32(1 / n)) for sample in range(n)}
+        self.visits = dict.fromkeys(self.score, 0)
         self.kept: dict[tuple[int, int], list[int]] = {}
         self.history: list[list[int]] = []
+        self.owed = dict.fromkeys(range(len(SIZES)), Fraction(0))
 
     def run(self) -> list[list[int]]:
         cfg, phases = self.config, self.schedule.phases
@@ -91,17 +95,48 @@ class Naive:
             self.prune(t)
             batch = self.batch(t)
             loss = {sample: self.losses(sample, t) for sample in batch}
-            beta1, beta2 = cfg.scores.beta1, cfg.decay
-            weight = [beta1 * self.score[sample] + (1 - beta1) * loss[sample] for sample in batch]
+            weight = self.weights(batch, loss)
             uniform = uniforms(cfg.seed, Purpose.SELECT, 0, t, 0, B)
-            keys = sorted(
-                (-math.log(u) / w, position) for position, (u, w) in enumerate(zip(uniform, weight, strict=True))
-            )
-            chosen = sorted(position for _, position in keys[: B // 4]) if phases.evolving(t) else range(B)
+            keys = [-math.log(u) / w for u, w in zip(uniform, weight, strict=True)]
+            chosen = self.choose(batch, keys) if phases.evolving(t) else range(B)
             self.history.append([batch[position] for position in chosen])
             for sample in set(batch):
-                self.score[sample] = beta2 * self.score[sample] + (1 - beta2) * loss[sample]
+                self.learn(sample, loss[sample])
         return self.history
+
+    def weights(self, batch: list[int], loss: dict[int, float]) -> list[float]:
+        beta1 = self.config.scores.beta1
+        return [beta1 * self.score[sample] + (1 - beta1) * loss[sample] for sample in batch]
+
+    def pruning_weight(self, sample: int) -> float:
+        """Its score; what was never visited counts as its component's mean, or that of all where nothing of it was."""
+        if self.visits[sample]:
+            return self.score[sample]
+        c = int(self.manifest.locate(np.asarray([sample]))[0][0])
+        rows = range(int(self.manifest.offsets[c]), int(self.manifest.offsets[c + 1]))
+        seen = [row for row in rows if self.visits[row]] or [row for row in self.score if self.visits[row]]
+        return float(np.mean([self.score[row] for row in seen])) if seen else 1 / self.manifest.total
+
+    def learn(self, sample: int, loss: float) -> None:
+        beta2 = self.config.decay
+        self.score[sample] = beta2 * self.score[sample] + (1 - beta2) * loss
+        self.visits[sample] += 1
+
+    def choose(self, batch: list[int], keys: list[float]) -> list[int]:
+        """The B / 4 smallest keys: of the meta-batch, or of each component as many as it is owed."""
+        order = sorted(range(B), key=lambda position: (keys[position], position))
+        if self.config.mixture == "free":
+            return sorted(order[: B // 4])
+        component = [int(self.manifest.locate(np.asarray([sample]))[0][0]) for sample in batch]
+        drawn = Counter(component)
+        claim = {c: self.owed[c] + Fraction(drawn[c], 4) for c in range(len(SIZES))}
+        given = {c: min(max(math.floor(claim[c]), 0), drawn[c]) for c in claim}
+        while sum(given.values()) < B // 4:
+            given[max((c for c in claim if given[c] < drawn[c]), key=lambda c: (claim[c] - given[c], -c))] += 1
+        while sum(given.values()) > B // 4:
+            given[min((c for c in claim if given[c] > 0), key=lambda c: (claim[c] - given[c], c))] -= 1
+        self.owed = {c: claim[c] - given[c] for c in claim}
+        return sorted(p for c in claim for p in [q for q in order if component[q] == c][: given[c]])
 
     def prune(self, t: int) -> None:
         """Masks of the pruned epochs whose first draw is `mask_lag` iterations ahead, or sooner at the start."""
@@ -110,7 +145,7 @@ class Naive:
             name = component_key(self.manifest.components[c].name)
             for epoch in self.starting(c, t):
                 uniform = uniforms(self.config.seed, Purpose.PRUNE, name, epoch, 0, size)
-                keys = sorted((-math.log(u) / self.score[first + row], row) for row, u in enumerate(uniform))
+                keys = sorted((-math.log(u) / self.pruning_weight(first + row), row) for row, u in enumerate(uniform))
                 count = math.ceil(size * 7 / 10)
                 self.kept[c, epoch] = sorted(row for _, row in keys[:count])
 
@@ -140,9 +175,10 @@ class Naive:
         return samples
 
 
+@pytest.mark.parametrize("mixture", ["free", "kept"])
 @pytest.mark.parametrize("betas", [(0.2, 0.8), (0.0, 0.0), (1.0, 0.5), (0.5, 0.9)], ids=str)
-def test_a_whole_run_equals_algorithm_1_in_plain_python(betas: tuple[float, float]) -> None:
-    engine = make(beta1=betas[0], beta2=betas[1])
+def test_a_whole_run_equals_algorithm_1_in_plain_python(betas: tuple[float, float], mixture: str) -> None:
+    engine = make(beta1=betas[0], beta2=betas[1], selection={"mixture": mixture})
     fake = Fake(engine)
     naive = Naive(engine)
     expected = naive.run()

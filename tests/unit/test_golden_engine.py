@@ -55,8 +55,21 @@ RUNS_OF: dict[str, dict[str, Any]] = {
     "adaselection-parts": {"policy": "adaselection", "selection_parts": 2},
     **{f"pruner-{name}": {"pruner": name} for name in ("random", "infobatch", "kakurenbo", "ucb")},
     "infobatch-history": {**HISTORY, "pruner": "infobatch"},
+    **{
+        f"kept-{name}": {"selection": {"mixture": "kept"}, **more}
+        for name, more in {
+            "fresh": {},
+            "history": HISTORY,
+            "every-k": EVERY,
+            "uniform": {"arm": "uniform"},
+            "shuffled": {"arm": "shuffled"},
+            "parts": {"policy": "adaselection", "selection_parts": 2},
+            "ranked": {"policy": "big-loss"},
+            "guard": {"guard": "uniform", **GUARD, **EVERY, "scoring_cost": 3.0},
+        }.items()
+    },
 }
-STATES = ("es-fresh", "es-history", "adaselection-parts", "pruner-infobatch", "guard-uniform")
+STATES = ("kept-history", "es-fresh", "es-history", "adaselection-parts", "pruner-infobatch", "guard-uniform")
 
 
 def engine_of(name: str) -> EvolvedSampling:

@@ -47,7 +47,10 @@ def test_totals_go_through_a_checkpoint() -> None:
 
 def test_a_state_that_lacks_something_is_refused() -> None:
     state: dict[str, Any] = filled().state_dict()
-    for key in state:
+    older = RunTotals(3, 8)
+    older.load_state_dict({name: value for name, value in state.items() if name != "drawn"})
+    assert older.drawn.tolist() == older.chosen.tolist(), "of a version that did not count draws"
+    for key in state.keys() - {"drawn"}:
         with pytest.raises(KeyError, match=key):
             RunTotals(3, 8).load_state_dict({name: value for name, value in state.items() if name != key})
 
@@ -80,3 +83,12 @@ def test_the_log_line_is_megatrons_with_what_es_adds() -> None:
     assert "number of skipped iterations:   1" in parts
     assert "number of nan sequences:   2" in parts
     assert "| lm loss: NAN |" in LogEntry(**{**vars(entry), "lm_loss": math.nan}).line()
+
+
+def test_shares_name_first_what_has_moved_most() -> None:
+    totals = RunTotals(3, 8)
+    totals.drawn[:], totals.chosen[:] = [50, 30, 20], [10, 12, 3]
+    assert totals.shares(["a", "b", "c"])["b"] == (0.3, 0.48)
+    assert totals.told_shares(["a", "b", "c"]) == "b 30.0/48.0%, a 50.0/40.0%, c 20.0/12.0%"
+    assert RunTotals(1, 8).told_shares(["a"]) == ""
+    assert RunTotals(9, 8).told_shares(list("abcdefghi")).endswith("f 0.0/0.0%, 3 more")

@@ -61,7 +61,7 @@ def test_the_plan_of_a_config_is_the_one_its_trainer_prints(tmp_path: Path, caps
     told = capsys.readouterr().out.splitlines()
     printed = (tmp_path / "run" / "log.txt").read_text().splitlines()
     printed = printed[: next(at for at, line in enumerate(printed) if line.startswith("["))]
-    assert len(printed) == 7
+    assert len(printed) == 8
     assert told[: len(printed)] == printed
     found = plan_of(capsys, "--config", str(file), "--world-size", "1", *speeds)["plan"]
     assert found.pop("components") == facts.pop("components")
@@ -89,6 +89,15 @@ def test_cheaper_scorers_have_to_be_worth_less(capsys: Any, scorer: str, price: 
     assert found["break_even"]["price"] == pytest.approx(price, abs=0.01)
     assert found["break_even"]["ratio"] == pytest.approx(1 - price / 3, abs=0.01)
     assert found["footprint"]["exchange_bytes"] == 24 * 64 + 16
+
+
+@pytest.mark.parametrize(("precision", "more"), [("float32", 4), ("float16", 2)])
+def test_a_reference_is_counted(capsys: Any, precision: str, more: int) -> None:
+    by = ["--es-selection-policy", "reducible", "--es-reference", "losses", "--es-reference-precision", precision]
+    found = plan_of(capsys, *ONE, "--passes", "100", *by)["footprint"]
+    assert found["sample_bytes"] == 5 + more
+    assert found["score_bytes_per_rank"] == (5 + more) * 2000
+    assert found["exchange_bytes"] == (24 + 8) * 64 + 16 + 8 * 5
 
 
 def test_the_parts_of_the_time_are_the_prediction(capsys: Any) -> None:

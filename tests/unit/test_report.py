@@ -190,6 +190,7 @@ def test_the_report_of_a_finished_run(tmp_path: Path, capsys: Any) -> None:
     assert "(finished)" in page
     assert "http" not in page.replace("http-equiv", "")  # self-contained
     assert "newest checkpoint, after 40 iterations" in page
+    assert re.search(r"drawn -&gt; trained: \w+ \d+\.\d% -&gt; \d+\.\d%, \w+ ", page)
 
 
 def test_the_measured_saving_is_told_against_the_runs_own_plain_steps(tmp_path: Path) -> None:

@@ -147,11 +147,24 @@ def reference(store: ScoreStore, component: int, epoch: int, weight: Any) -> Any
 def test_pruning_is_the_plain_race_over_scores(component: int, ties: bool) -> None:
     store = filled(make(), ties=ties)
     low, high = store.manifest.offsets[component : component + 2]
-    score = np.where(store.visits > 0, store.score, np.float32(1 / 343))[low:high]
+    seen, mean = (store.visits > 0)[low:high], np.float32(store.component_means()[component])
+    score = np.where(seen, store.score[low:high], mean)
     for epoch in (1, 2, 7):
         mask = EpochPruning(store).prune(component, epoch).to_bool()
         assert np.array_equal(mask, reference(store, component, epoch, score))
     assert not np.array_equal(EpochPruning(store).prune(0, 1).to_bool(), EpochPruning(store).prune(0, 2).to_bool())
+
+
+def test_rows_never_visited_lose_no_more_often_than_others() -> None:
+    """With raw scores they counted as 1/n before, below every visited row, and were all of what was left out."""
+    store = filled(make(), seen=0.5)
+    seen = store.visits[:300] > 0
+    pruning = EpochPruning(store)
+    kept = np.mean([pruning.prune(0, epoch).to_bool() for epoch in range(40)], axis=0)
+    assert kept[~seen].mean() == pytest.approx(kept[seen].mean(), abs=0.15)
+    pruning.unvisited_as_mean = False  # as states of before go on
+    before = np.mean([pruning.prune(0, epoch).to_bool() for epoch in range(40)], axis=0)
+    assert before[~seen].mean() < before[seen].mean() - 0.4
 
 
 def test_debiased_pruning_counts_the_unseen_as_the_mean() -> None:

@@ -86,7 +86,7 @@ def test_overrides_win_and_may_open_a_section(path):
         ("parallel.sequence_parallel=true", "splits nothing"),
         ("parallel.tensor=3", "`num_attention_heads` must be a multiple of tensor-parallel size 3"),
         ("parallel.pipeline=3", "`num_layers` must be a multiple of pipeline size x chunks per rank = 3, but is 4"),
-        ("data.prefetch=9", "at most `mask_lag` = 8, but is 9"),
+        ("evolved_sampling.order.mask_lag=1", "`prefetch` must be at most `order.mask_lag` = 1, but is 2"),
         ("run.keep_checkpoints=0", "`keep_checkpoints` must be >= 1"),
     ],
 )

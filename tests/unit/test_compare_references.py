@@ -1,0 +1,103 @@
+"""Reference models of comparisons: what they cost, when they are made, and when they are found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from es_megatron.bench import reference_models
+from es_megatron.bench.blends import apart_of
+from es_megatron.bench.reference_models import forward_flops, make_reference, read_price
+from es_megatron.bench.runs import CaseBlend
+from es_megatron.bench.spec import ReferenceModel
+from es_megatron.errors import ConfigError, DataError
+from es_megatron.trainer.model_settings import ModelSettings
+
+LENGTH = 16
+
+
+@pytest.mark.parametrize(("queries", "swiglu"), [(4, False), (2, True)])
+def test_operations_are_those_that_torch_counts(queries: int, swiglu: bool) -> None:
+    """Of the same matrices in plain torch, without Megatron; scores of attention are causal, and cost half."""
+    model = ModelSettings(
+        num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=queries, seq_length=LENGTH, swiglu=swiglu
+    )
+    width, head, ffn, vocabulary = 32, 8, model.ffn_size, 100
+    x = torch.zeros(LENGTH, width)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(3):
+            x @ torch.zeros(width, width + 2 * head * queries)  # queries, keys and values
+            x @ torch.zeros(width, width)
+            x @ torch.zeros(width, ffn * (2 if swiglu else 1))
+            torch.zeros(LENGTH, ffn) @ torch.zeros(ffn, width)
+            for _ in range(4):
+                score = torch.zeros(LENGTH, head) @ torch.zeros(head, LENGTH)
+                score @ torch.zeros(LENGTH, head)
+        x @ torch.zeros(width, vocabulary)
+    attention = 3 * 4 * 2 * 2 * LENGTH * LENGTH * head
+    assert forward_flops(model, vocabulary) == counter.get_total_flops() - attention / 2
+
+
+class Commands:
+    """Stands in for the two commands, and writes what they leave behind."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.seen = code, list[list[str]]()
+
+    def __call__(self, command: list[str], **_: Any) -> Any:
+        arguments = command[4:]
+        self.seen.append(arguments)
+        output = Path(arguments[arguments.index("--output") + 1])
+        output.mkdir(parents=True, exist_ok=True)
+        if arguments[0] == "train":
+            settings = {"model": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": LENGTH}}
+            settings |= {"training": {"passes": 1}, "data": {"blend": arguments[arguments.index("--train-blend") + 1]}}
+            (output / "settings.yaml").write_text(json.dumps(settings))
+            (output / "summary.json").write_text(json.dumps({"sequences_trained": 20, "seconds": {"step": 3.0}}))
+        else:
+            (output / "manifest.json").write_text(json.dumps({"samples": 50}))
+        return subprocess.CompletedProcess(command, self.code, "", "es-megatron: error: no luck\n")
+
+
+def blend_of(folder: Path, *, apart: bool) -> CaseBlend:
+    file = folder / "made-1" / "blend.yaml"
+    for each in (file, apart_of(file)) if apart else (file,):
+        each.parent.mkdir(parents=True)
+        each.write_text("vocab_size: 64\ncomponents: [{name: a, train: a}]\n")
+    return CaseBlend(file, {"made": 1})
+
+
+def test_a_reference_is_made_once_and_charged_for_training_and_scoring(tmp_path: Path, monkeypatch: Any) -> None:
+    commands = Commands()
+    monkeypatch.setattr(reference_models.subprocess, "run", commands)
+    blend = blend_of(tmp_path, apart=True)
+    model = ReferenceModel("apart", {"model.num_layers": 1})
+    losses = make_reference("tiny", model, blend, LENGTH)
+    train, score = commands.seen
+    assert train[train.index("--train-blend") + 1] == str(apart_of(blend.file))
+    assert train[-1] == "model.num_layers=1"
+    assert score[score.index("--output") + 1] == str(losses)
+    price = read_price(losses)
+    settings = ModelSettings(num_layers=1, hidden_size=8, num_attention_heads=1, seq_length=LENGTH)
+    assert price.flops == forward_flops(settings, 64) * (3 * 20 + 50)
+    assert price.seconds == 3.0
+    assert make_reference("tiny", model, blend, LENGTH) == losses
+    assert len(commands.seen) == 2
+    other = make_reference("tiny", ReferenceModel("same", {"model.num_layers": 1}), blend, LENGTH)
+    assert other != losses
+    assert commands.seen[2][commands.seen[2].index("--train-blend") + 1] == str(blend.file)
+
+
+def test_a_reference_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: Any) -> None:
+    blend = blend_of(tmp_path, apart=False)
+    with pytest.raises(ConfigError, match="Reference model `tiny` must have text of its own"):
+        make_reference("tiny", ReferenceModel(), blend, LENGTH)
+    monkeypatch.setattr(reference_models.subprocess, "run", Commands(code=2))
+    with pytest.raises(DataError, match="`es-megatron reference train` failed: es-megatron: error: no luck"):
+        make_reference("tiny", ReferenceModel("same"), blend, LENGTH)
