@@ -107,7 +107,7 @@ class SharePruning(EpochPruning):
         score, visits = self.store.score, self.store.visits
         slots = np.linspace(0, len(score) - 1, sample_count(self.store.manifest.total)).astype(np.int64)
         uniform = np.random.default_rng(0).random(len(slots))
-        rows = Rows(score[slots], visits[slots], np.zeros(len(slots), np.float32), uniform)
+        rows = Rows(score[slots], visits[slots], uniform, None)
         return self._key(rows, component, epoch, scale)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from es_megatron.algorithm.margin import RULES, Against, judge, make_rule
+from es_megatron.algorithm.margin import RULES, Against, Excess, judge, make_rule
 from es_megatron.algorithm.registry import Registry
 from es_megatron.errors import ConfigError
 
@@ -79,8 +79,11 @@ class Policy(ABC):
         """Weigh the sequences of a meta-batch; empty state at the first call."""
 
     def margin(self, loss_N: Float64, against: Against) -> Float64:
-        """What is left to learn, float64[N], -inf for nothing; pruners ask it of policies with a reference."""
-        raise NotImplementedError
+        """What is left to learn, float64[N], -inf for nothing: the excess, where a policy does not say otherwise.
+
+        Pruners ask it of policies that need a reference.
+        """
+        return judge(Excess(), loss_N, against).margin_N
 
 
 POLICIES: Registry[Policy] = Registry(Policy, "policy", "es_megatron.policies")

@@ -6,6 +6,7 @@ Who makes the passes is the caller's business: this hands out rows, keeps what i
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -184,18 +185,13 @@ class RowScoring:
         return loss
 
     def _means(self, low: int, loss: Float32) -> dict[str, float]:
-        manifest = self.manifest
-        component, _ = manifest.locate(np.arange(low, low + len(loss), dtype=np.int64))
-        finite = np.isfinite(loss)
-        own = np.stack(
-            [
-                np.bincount(component[finite], loss[finite].astype(np.float64), len(manifest.components)),
-                np.bincount(component[finite], minlength=len(manifest.components)).astype(np.float64),
-            ]
-        )
-        sums, counts = self.grid.sum_over_dp(own)
+        """Mean loss of each component over all ranks; collective."""
+        offsets = np.clip(self.manifest.offsets - low, 0, len(loss)).tolist()
+        parts = [loss[first:end] for first, end in itertools.pairwise(offsets)]
+        own = [[np.nansum(part, dtype=np.float64), np.count_nonzero(np.isfinite(part))] for part in parts]
+        sums, counts = self.grid.sum_over_dp(np.asarray(own, np.float64)).T
         mean = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-        return {each.name: float(mean[c]) for c, each in enumerate(manifest.components)}
+        return {each.name: float(mean[c]) for c, each in enumerate(self.manifest.components)}
 
 
 def told(output: Path, done: Scored) -> str:

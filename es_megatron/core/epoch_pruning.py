@@ -54,8 +54,9 @@ class Rows(NamedTuple):
 
     score: Float32
     visits: UInt8
-    reference: Float32
     uniform: Float64
+    reference: Float32 | None
+    """Reference losses, where the pruner looks at what is left to learn."""
 
 
 class EpochPruning:
@@ -134,14 +135,15 @@ class EpochPruning:
     def _weight(self, score: Float32, visits: UInt8, scale: Scale) -> Float32:
         """Scores as pruning uses them, above 0."""
         used = self.store.usable(score, visits, scale.unseen)
-        if self.unvisited_as_mean:
+        if self.unvisited_as_mean and self.config.correction == "paper":  # `usable` does so where scores are debiased
             used = np.where(visits == 0, np.float32(scale.unseen), used)
         weight = np.maximum(used, np.finfo(np.float32).tiny)
         return raise_to_floor(weight, self.config.selection.weight_floor, scale.mean)
 
     def _key(self, rows: Rows, component: int, epoch: int, scale: Scale) -> Float64:
         weight, margin = self._weight(rows.score, rows.visits, scale), None
-        if self._judge is not None and self.store.reference is not None and scale.moments is not None:
+        if self._judge is not None and rows.reference is not None and scale.moments is not None:
+            assert self.store.reference is not None
             which = np.full(len(weight), component, dtype=np.int64)
             against = self.store.reference.against(rows.reference, which, scale.moments)
             margin = self._judge.margin(weight.astype(np.float64), against)
@@ -150,11 +152,12 @@ class EpochPruning:
     def _keys(self, component: int, epoch: int, scale: Scale) -> Iterator[Float64]:
         """Keys of this rank's samples, block by block."""
         name = component_key(self.store.manifest.components[component].name)
-        first = int(self.store.manifest.offsets[component])
+        first, judged = int(self.store.manifest.offsets[component]), scale.moments is not None
         for score, visits, row in self.store.blocks(component):
             uniform = uniforms(self.config.seed, Purpose.PRUNE, name, epoch, row, len(score))
-            ids = np.arange(first + row, first + row + len(score), dtype=np.int64)
-            yield self._key(Rows(score, visits, self._reference(ids), uniform), component, epoch, scale)
+            ids = range(first + row, first + row + len(score))
+            reference = self.store.stored_reference(np.asarray(ids, np.int64)) if judged else None
+            yield self._key(Rows(score, visits, uniform, reference), component, epoch, scale)
 
     def _sample_keys(self, component: int, epoch: int, scale: Scale) -> Float64:
         """Keys of the same evenly spread rows on every rank; they only narrow the search."""
@@ -163,16 +166,13 @@ class EpochPruning:
         rows = np.unique(np.linspace(0, samples - 1, sample_count(samples)).astype(np.int64))
         ids = manifest.sample_ids(component, rows)
         score, visits = self.store.stored(ids)
-        packed = self.grid.sum_over_dp(np.stack([score, visits.astype(np.float32), self._reference(ids)]))
+        known = [score, visits.astype(np.float32)]
+        if scale.moments is not None:
+            known.append(self.store.stored_reference(ids))
+        score, visits, *rest = self.grid.sum_over_dp(np.stack(known))
         uniform = uniforms(self.config.seed, Purpose.PRUNE, component + 1, epoch, samples, len(rows))
-        found = Rows(packed[0], packed[1].astype(np.uint8), packed[2], uniform)
+        found = Rows(score, visits.astype(np.uint8), uniform, rest[0] if rest else None)
         return self._key(found, component, epoch, scale)
-
-    def _reference(self, ids: Int64) -> Float32:
-        """Reference losses of ids, where they are looked at; 0 for those of other ranks."""
-        if self._judge is None or self.store.reference is None:
-            return np.zeros(len(ids), np.float32)
-        return self.store.stored_reference(ids)
 
     def _joined(self, kept: UInt8, first: int, samples: int) -> Iterator[UInt8]:
         """Join the parts of all data-parallel ranks, piece by piece; model-parallel rank 0's word counts.

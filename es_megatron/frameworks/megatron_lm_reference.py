@@ -9,7 +9,7 @@ import importlib
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from typing_extensions import override
 
 from es_megatron.checkpoint.agreement import compute_on_first
 from es_megatron.checkpoint.row_scoring import RowScoring, about_losses, told
-from es_megatron.errors import CheckpointError, ConfigError
+from es_megatron.errors import ConfigError
 from es_megatron.frameworks.arguments import read_switches
 from es_megatron.frameworks.feed import MetaBatchFeed, collate
 from es_megatron.frameworks.megatron_core import MegatronCoreSampling, ScheduleCall, attach
 from es_megatron.frameworks.megatron_lm import Dialect, open_data, read_manifest
 from es_megatron.frameworks.megatron_lm_data import UnreadLoader
-from es_megatron.frameworks.megatron_lm_settings import sized_by_call
+from es_megatron.frameworks.megatron_lm_settings import loaded_iteration, sized_by_call
 from es_megatron.frameworks.scoring import padded
 from es_megatron.scoring.scorers import settings_of_pass
 
@@ -53,17 +53,9 @@ class Job:
     output: Path
     sampling: MegatronCoreSampling
     """Makes the passes; its scores are not used."""
-    loaded: int | None = field(default=None)
-    """Iteration of the checkpoint that was loaded."""
 
 
 _job: Job | None = None
-
-
-def stop() -> None:
-    """Forget the job; for tests."""
-    global _job  # noqa: PLW0603 - a process has one Megatron, whose own state is global too
-    _job = None
 
 
 def start(dialect: Dialect) -> bool:
@@ -81,6 +73,8 @@ def start(dialect: Dialect) -> bool:
     dialect.check(args, config)
     if not args.load:
         raise ConfigError("`--load` must name the checkpoint to score with, with `--es-score-reference`. Give it.")
+    if getattr(args, "skip_train", False):
+        raise ConfigError("`--skip-train` must be left out with `--es-score-reference`, which takes training's place.")
     args.exit_on_missing_checkpoint = True  # or Megatron would go on with weights at random
     sampling = attach(
         config,
@@ -96,9 +90,8 @@ def start(dialect: Dialect) -> bool:
 
 
 def loaded(iteration: int) -> None:
-    """Note what Megatron has loaded, and have its loop make one more training call even if that run is over."""
+    """Have Megatron's loop make one more training call, even if the run that it has loaded is over."""
     if _job is not None:
-        _job.loaded = iteration
         _job.args.train_iters = max(_job.args.train_iters, iteration + 1)
 
 
@@ -133,7 +126,8 @@ def wrap_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
 def _score(job: Job, schedule: Callable[..., Any], call: dict[str, Any]) -> None:
     engine, source = job.sampling.engine, job.sampling.loss_source
     args, grid = job.args, engine.grid
-    checkpoint = checkpoint_folder(args, job.loaded)
+    iteration = loaded_iteration(args)
+    checkpoint = Path(args.load) / ("release" if iteration is None else f"iter_{iteration:07d}")
     tokens = engine.scorer.tokens(args.seq_length)
     about = compute_on_first(grid, f"read {checkpoint}", lambda: about_losses(Path(args.load), checkpoint, tokens))
     size = engine.config.scorer.micro_batch_size or args.micro_batch_size
@@ -152,18 +146,3 @@ def _score(job: Job, schedule: Callable[..., Any], call: dict[str, Any]) -> None
     if grid.world_rank == 0:
         say(told(job.output, done))
         say(f"choose by it: --es-reference {job.output} --es-selection-policy reducible")
-
-
-def checkpoint_folder(args: Namespace, iteration: int | None) -> Path:
-    """Folder of what Megatron has loaded.
-
-    Raises:
-        CheckpointError: nothing was loaded.
-    """
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    told = str(
-        getattr(args, "ckpt_step", None) or (tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else "")
-    )
-    if iteration is None or not told:
-        raise CheckpointError(f"`{args.load}` must hold a checkpoint to score with, but Megatron loaded none of it.")
-    return Path(args.load) / ("release" if told == "release" else f"iter_{int(told):07d}")

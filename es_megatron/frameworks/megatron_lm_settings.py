@@ -66,20 +66,31 @@ def find_start(args: Namespace) -> StartingPoint:
     """
     if not args.load or args.finetune:
         return StartingPoint(0, None, 0)
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    told = str(getattr(args, "ckpt_step", None) or "")
-    if not told:
-        told = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else "release"
-    if told == "release":
+    iteration = loaded_iteration(args)
+    if iteration is None:
         return StartingPoint(0, None, 0)
-    if not told.isdigit():
-        raise CheckpointError(f"`{tracker}` must hold an iteration, but holds {told!r} instead. Restore it.")
-    iteration = int(told)
     folder = Path(args.load) / f"iter_{iteration:07d}" / "es_state"
     if not (folder / "manifest.json").is_file():
         return StartingPoint(iteration, None, iteration)
     state = parse_json((folder / "state.json").read_bytes(), folder / "state.json")
     return StartingPoint(iteration, str(folder), int(state["started_at"]))
+
+
+def loaded_iteration(args: Namespace) -> int | None:
+    """Iteration of the checkpoint in `--load` that Megatron takes, None for a release or where there is none.
+
+    Raises:
+        CheckpointError: its tracker file holds something else.
+    """
+    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    told = str(getattr(args, "ckpt_step", None) or "")
+    if not told:
+        told = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else "release"
+    if told == "release":
+        return None
+    if not told.isdigit():
+        raise CheckpointError(f"`{tracker}` must hold an iteration, but holds {told!r} instead. Restore it.")
+    return int(told)
 
 
 def sized_by_call(schedule: Callable[..., Any], args: Namespace) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ sums over the visited rows, in integers, so that the order of ranks cannot matte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ PRODUCT_UNIT = 1 << 10
 LARGEST_FACTOR = 1 << 10
 """Losses above this many nats count as this in products: sums of them would overflow."""
 BINS = 1 << 16
+BLOCK = 1 << 20
+"""Rows that are looked at at a time, so that temporary arrays stay small."""
 
 
 class ReferenceLosses:
@@ -56,18 +59,17 @@ class ReferenceLosses:
     def count_known(self, grid: RankGrid) -> None:
         """Count the losses of all ranks; collective."""
         for component in range(len(self.manifest.components)):
-            value = self._rows(component)
-            held = value[np.isfinite(value)]
-            self.known[component] = [len(held), int(units(held, UNIT, LARGEST).sum())]
+            for held in self._held(component):
+                self.known[component] += [len(held), int(units(held, UNIT, LARGEST).sum())]
         self.known = grid.sum_over_dp(self.known)
 
     def find_ceilings(self, share: float, grid: RankGrid) -> None:
         """Find the loss that `share` of each component's rows lie above, to 1 part in 128; collective."""
         for component in range(len(self.ceiling_C)):
-            value = self._rows(component)
-            held = value[np.isfinite(value)]
-            # Losses sort like their bits, so that a histogram over the upper half of them gives the quantile.
-            bins = np.bincount(held.view(np.uint32) >> np.uint32(16), minlength=BINS).astype(np.int64)
+            bins = np.zeros(BINS, np.int64)
+            for held in self._held(component):
+                # Losses sort like their bits, so that a histogram over the upper half of them gives the quantile.
+                bins += np.bincount(held.view(np.uint32) >> np.uint32(16), minlength=BINS)
             upto = np.cumsum(grid.sum_over_dp(bins))
             if upto[-1]:
                 place = int(np.searchsorted(upto, np.ceil((1 - share) * upto[-1])))
@@ -134,10 +136,13 @@ class ReferenceLosses:
         """Components of which no row has a reference loss, bool[C]."""
         return self.known[:, 0] == 0
 
-    def _rows(self, component: int) -> Float32:
+    def _held(self, component: int) -> Iterator[Float32]:
+        """Losses of this rank's rows of a component that have one, block by block."""
         first, end = self.manifest.offsets[component : component + 2].tolist()
-        low = min(max(first - self.low, 0), len(self.value))
-        return self.value[low : max(low, min(end - self.low, len(self.value)))].astype(np.float32)
+        low, high = (min(max(each - self.low, 0), len(self.value)) for each in (first, end))
+        for start in range(low, high, BLOCK):
+            value = self.value[start : min(start + BLOCK, high)].astype(np.float32, copy=False)
+            yield value[np.isfinite(value)]
 
 
 def units(loss: Float32, unit: int, largest: float) -> Int64:

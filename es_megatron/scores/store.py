@@ -123,22 +123,21 @@ class ScoreStore:
         if self.reference is not None:
             rows.append(self.stored_reference(ids))
         packed = np.stack(rows)
-        component, _ = self.manifest.locate(ids)
-        against = None
+        against, unseen = None, 0.0
         if self.config.correction == "paper":
-            packed, means = self.grid.sum_over_dp(packed), None
+            packed = self.grid.sum_over_dp(packed)
         else:
+            component, _ = self.manifest.locate(ids)
             # The sums that means are made of come along: float64 holds whole numbers exactly up to 2^53.
             sums, moments = self.sums.total, self._moment_sums()
             wide = [each.reshape(-1) for each in (packed, sums, moments)]
             wide = self.grid.sum_over_dp(np.concatenate(wide, dtype=np.float64))
             packed = wide[: packed.size].reshape(packed.shape).astype(np.float32)
-            means = self.sums.means(wide[packed.size : packed.size + sums.size].reshape(sums.shape))
+            unseen = self.sums.means(wide[packed.size : packed.size + sums.size].reshape(sums.shape))[component]
             if self.reference is not None:
                 moments = self.reference.moments(wide[packed.size + sums.size :].reshape(moments.shape))
                 against = self.reference.against(packed[-1], component, moments)
         score, visits = packed[0], packed[1].astype(np.uint8)
-        unseen = 0.0 if means is None else means[component]
         return Lookup(score, visits, self.usable(score, visits, unseen), against), packed[2:]
 
     def _moment_sums(self) -> Int64:
