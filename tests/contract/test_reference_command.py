@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,9 @@ def test_losses_are_the_model_s_own_on_any_ranks(model: tuple[Path, Path], tmp_p
         done = run_on_ranks(ranks, Scored(run, blend, tmp_path / name, options), timeout=SECONDS)
         assert {rows for rows, _, _ in done} == {len(expected)}
         np.testing.assert_allclose(losses_of(tmp_path / name, blend), expected, atol=1e-5)
+        offsets = load_blend(blend, T).manifest.offsets.tolist()
+        means = [np.mean(expected[low:high]) for low, high in itertools.pairwise(offsets)]
+        assert [list(each.values()) for _, _, each in done] == [pytest.approx(means, abs=1e-5)] * ranks
         assert not list(tmp_path.glob(".*scoring"))
 
 

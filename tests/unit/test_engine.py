@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,30 @@ def run(engine: EvolvedSampling, losses: Losses = loss_of) -> tuple[Fake, list[A
     while not engine.done:
         records.append(fake.iterate())
     return fake, records
+
+
+def test_masks_follow_the_loader_and_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
+    """Masks are decided as far ahead as the loader reads; a resumed run keeps to that, and refuses to read further."""
+
+    def started(ahead: int) -> EvolvedSampling:
+        engine = make(mask_lag=None)
+        engine.epochs.read_ahead(ahead)
+        return engine
+
+    engine = started(5)
+    assert engine.epochs.lag == 5
+    whole = run(started(5))[0].trained
+    assert whole != run(started(1))[0].trained, "older scores decide"
+    fake = Fake(engine)
+    while engine.iteration < 12:
+        fake.iterate()
+    engine.save(tmp_path / "state")
+    other = started(2)
+    other.load(tmp_path / "state")
+    assert other.epochs.lag == 5
+    assert fake.trained + run(other)[0].trained == whole
+    with pytest.raises(CheckpointError, match=r"must read at most 5 meta-batches ahead.* but reads 6"):
+        started(6).load(tmp_path / "state")
 
 
 def test_scorers_score_when_they_say() -> None:

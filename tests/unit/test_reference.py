@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from es_megatron.core.engine import EvolvedSampling
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.rank_grid import RankGrid
+from es_megatron.scores import reference as scores_reference
+from es_megatron.scores.reference import ReferenceLosses
 from tests.es_config import es_config
 from tests.reference_helper import write_reference
 from tests.unit.naive import make_manifest
@@ -53,7 +56,7 @@ MOMENTS = {"count": [100.0], "loss": [3.0], "reference": [2.0], "slope": [0.5]}
 
 
 def test_rules_by_hand() -> None:
-    loss = np.asarray([4.0, 2.0, 3.0])
+    loss = np.asarray([4.0, 2.0, 9.0])  # the last one has no h, and counts as its component's mean, 3 against 2
     of = against([2.0, 4.0, np.nan])
     assert judge(make_rule("excess", 1.0), loss, of).margin_N.tolist() == [2.0, -2.0, 1.0]
     assert judge(make_rule("residual", 1.0), loss, of).margin_N.tolist() == [1.0, -2.0, 0.0]
@@ -63,6 +66,25 @@ def test_rules_by_hand() -> None:
     assert band.left_out_N.tolist() == [False, True, False], "2 nats below the line through (4, 4)"
     high = judge(make_rule("band", 9.0), loss, against([2.0, 4.0, np.nan], ceiling=[3.0]))
     assert high.left_out_N.tolist() == [False, True, False]
+    low = judge(make_rule("band", 9.0), loss, against([2.0, 4.0, np.nan], ceiling=[1.0]))
+    assert low.left_out_N.tolist() == [True, True, False], "what is not known is not left out"
+
+
+def test_losses_are_looked_at_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = np.random.default_rng(2).lognormal(1, 0.5, MANIFEST.total).astype(np.float32)
+    value[::7] = np.nan
+    found: list[ReferenceLosses] = []
+    for block in (1 << 20, 13):
+        monkeypatch.setattr(scores_reference, "BLOCK", block)
+        found.append(ReferenceLosses(MANIFEST, 0, value, "x"))
+        found[-1].count_known(RankGrid.alone())
+        found[-1].find_ceilings(0.2, RankGrid.alone())
+    whole, pieces = found
+    parts = [value[low:high][np.isfinite(value[low:high])] for low, high in itertools.pairwise(MANIFEST.offsets)]
+    assert pieces.known[:, 0].tolist() == whole.known[:, 0].tolist() == [len(part) for part in parts]
+    assert pieces.known.tolist() == whole.known.tolist()
+    assert pieces.ceiling_C.tolist() == whole.ceiling_C.tolist()
+    assert whole.ceiling_C == pytest.approx([np.quantile(part, 0.8) for part in parts], rel=0.1)
 
 
 @pytest.mark.parametrize("rule", RULES)
