@@ -20,6 +20,7 @@ from es_megatron.checks.findings import Finding, blocking, report
 from es_megatron.checks.gloo import try_between
 from es_megatron.checks.nodes import Facts, judge, leave_token, observe
 from es_megatron.errors import EsError, LayoutError
+from es_megatron.trainer.launched import launched_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -41,8 +42,9 @@ def run_preflight(arguments: argparse.Namespace) -> int:
     """Check this node and, with the others, the whole run; returns 0 if it may start."""
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return 0
+    ranks = launched_ranks(os.environ)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    node, nodes = (int(os.environ.get(name, last)) // per_node for name, last in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    node, nodes = int(os.environ.get("RANK") or 0) // per_node, ranks // per_node
     store = meet(node, nodes, arguments.timeout) if nodes > 1 else None
     settings = read_settings(arguments)
     folder = Path() if isinstance(settings, EsError) else settings.run.directory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -50,6 +51,8 @@ def initialize(settings: PretrainSettings) -> None:
     """
     deepspeed_common.prepare()
     model.initialize(settings, stages_elsewhere=True)
+    if dist.get_world_size() == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engines ask for it, started alone or not
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

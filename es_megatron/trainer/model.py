@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from es_megatron.errors import ConfigError, DataError
 from es_megatron.testing import cpu
 from es_megatron.trainer.initial_weights import leave_uninitialized, set_initial_weights
+from es_megatron.trainer.launched import launched_ranks
 from es_megatron.trainer.settings import PretrainSettings, check_layout
 
 Batch = Mapping[str, torch.Tensor]
@@ -44,10 +45,11 @@ def initialize(settings: PretrainSettings, *, stages_elsewhere: bool = False) ->
         stages_elsewhere: whether another framework runs the pipeline stages, so that Megatron knows of none.
 
     Raises:
-        LayoutError: the world cannot hold the layout; raised on every rank, before any group is made.
+        LayoutError: the world cannot hold the layout; raised on every rank, before any group is made. Or the
+            environment is half a launcher's.
     """
     cpu.install()
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = dist.get_world_size() if dist.is_initialized() else launched_ranks(os.environ)
     check_layout(settings, world_size)
     if not dist.is_initialized():
         _join_process_group()
@@ -257,7 +259,7 @@ def _join_process_group() -> None:
     if not cpu.installed():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's order of communication and compute
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
