@@ -134,16 +134,14 @@ def check_master(settings: LaunchSettings, cluster: Cluster) -> None:
 
 def check_plain(settings: LaunchSettings, command: Sequence[str]) -> None:
     """Refuse what pdsh and the shells behind it would take apart; DeepSpeed quotes neither folders nor arguments."""
-    carried = [value for value in settings.environment.values() if value]
-    for what, each in [("Arguments and variables", text) for text in [*command, *carried]] + [
-        ("The current folder", str(Path.cwd())),
-        ("The path of Python", sys.executable),
-    ]:
+    carried = [(f"`{name}` in `environment`", value) for name, value in settings.environment.items() if value]
+    told = [(f"Argument {each!r}", each) for each in command]
+    places = [("The current folder", str(Path.cwd())), ("The path of Python", sys.executable)]
+    for what, each in [*carried, *told, *places]:
         if not PLAIN.fullmatch(each):
             raise ConfigError(
-                f"{what} for `pdsh` must have no spaces, quotes, brackets or `%`, which shells and pdsh would take "
-                f"apart, and not be empty, but there is {each!r}. Put it into the settings file, or use launcher "
-                "`no-ssh` or `torchrun`."
+                f"{what} must have no spaces, quotes, brackets or `%` for launcher `pdsh`, and not be empty: pdsh and "
+                "shells would take it apart. Put it into the settings file, or use launcher `no-ssh` or `torchrun`."
             )
 
 
