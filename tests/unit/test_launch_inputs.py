@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 import pytest
 
-from es_megatron import cli
 from es_megatron.errors import ConfigError
+from es_megatron.launch.command import add_arguments, run_launch
 from es_megatron.launch.hostfile import Cluster, read_hostfile
 from es_megatron.launch.names import host_fault, is_loopback
 from es_megatron.launch.settings import SlurmSettings, load_launch
@@ -104,6 +105,18 @@ def test_a_link_local_address_with_a_zone_is_refused():
     assert "zone" in str(host_fault("fe80::1%eth0"))
 
 
+def dry(path, *more: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run_launch(parser.parse_args(["--config", str(path), "--dry-run", *more, *RUN]))
+
+
+def refused(path, *more: str) -> str:
+    with pytest.raises(ConfigError) as told:
+        dry(path, *more)
+    return str(told.value)
+
+
 def launch_file(tmp_path, lines: str, hosts: str = TWO) -> str:
     (tmp_path / "hostfile").write_text(hosts)
     path = tmp_path / "launch.yaml"
@@ -189,10 +202,9 @@ def test_a_time_limit_needs_no_quotes(tmp_path):
 )
 def test_values_that_tools_would_misread_are_refused(lines, message, tmp_path, capsys):
     path = launch_file(tmp_path, lines)
-    assert cli.main(["launch", "--config", path, "--dry-run", *RUN]) == 2
-    out, said = capsys.readouterr()
+    said = refused(path)
     assert re.search(message, said), said
-    assert out == ""
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -237,47 +249,41 @@ def test_signals_that_the_run_saves_on_pass(value):
         ),
     ],
 )
-def test_nodes_that_would_never_meet_are_refused(lines, more, message, tmp_path, capsys):
+def test_nodes_that_would_never_meet_are_refused(lines, more, message, tmp_path):
     path = launch_file(tmp_path, lines.strip("{}").replace(", ", "\n"))
-    assert cli.main(["launch", "--config", path, "--dry-run", *more, *RUN]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(message, refused(path, *more))
 
 
-def test_a_first_host_that_is_everybodys_own_is_refused_but_alone(tmp_path, capsys):
+def test_a_first_host_that_is_everybodys_own_is_refused_but_alone(tmp_path):
     path = launch_file(tmp_path, "", "localhost slots=8\n10.0.0.2 slots=8\n")
-    assert cli.main(["launch", "--config", path, "--dry-run", *RUN]) == 2
-    assert "The first host of" in capsys.readouterr().err
+    assert "The first host of" in refused(path)
     path = launch_file(tmp_path, "", "localhost slots=8\n")
-    assert cli.main(["launch", "--config", path, "--dry-run", *RUN]) == 0
+    assert dry(path) == 0
 
 
-def test_loopback_is_no_interface_between_nodes(tmp_path, capsys):
+def test_loopback_is_no_interface_between_nodes(tmp_path):
     (tmp_path / "hostfile").write_text(TWO)
     path = tmp_path / "launch.yaml"
     path.write_text("hostfile: hostfile\ninterface: lo\n")
-    assert cli.main(["launch", "--config", str(path), "--dry-run", *RUN]) == 2
-    assert "not be lo" in capsys.readouterr().err
+    assert "not be lo" in refused(path)
     path.write_text("hostfile: hostfile\ninterface: eth0;x\n")
-    assert cli.main(["launch", "--config", str(path), "--dry-run", *RUN]) == 2
-    assert "`interface` must be a network interface" in capsys.readouterr().err
+    assert "`interface` must be a network interface" in refused(path)
 
 
-def test_settings_in_latin_1_are_refused_and_a_byte_order_mark_is_read(tmp_path, capsys):
+def test_settings_in_latin_1_are_refused_and_a_byte_order_mark_is_read(tmp_path):
     (tmp_path / "hostfile").write_text(TWO)
     path = tmp_path / "launch.yaml"
     text = "hostfile: hostfile\ninterface: eth0\n# Zürich\n"
     path.write_bytes(text.encode("latin-1"))
-    assert cli.main(["launch", "--config", str(path), "--dry-run", *RUN]) == 2
-    assert "YAML in UTF-8" in capsys.readouterr().err
+    assert "YAML in UTF-8" in refused(path)
     path.write_bytes(text.encode("utf-8-sig"))
-    assert cli.main(["launch", "--config", str(path), "--dry-run", *RUN]) == 0
+    assert dry(path) == 0
 
 
-def test_a_folder_that_shells_would_take_apart_is_refused_for_pdsh(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_shells_would_take_apart_is_refused_for_pdsh(tmp_path, monkeypatch):
     path = launch_file(tmp_path, "")
     folder = tmp_path / "my run"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    assert cli.main(["launch", "--config", path, "--dry-run", *RUN]) == 2
-    assert "The current folder must have no spaces" in capsys.readouterr().err
-    assert cli.main(["launch", "--config", path, "--launcher", "no-ssh", "--node-rank", "0", "--dry-run", *RUN]) == 0
+    assert "The current folder must have no spaces" in refused(path)
+    assert dry(path, "--launcher", "no-ssh", "--node-rank", "0") == 0
