@@ -16,7 +16,7 @@ from types import FrameType
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 SECONDS_TO_END = 60.0
-"""How long what a stopped command started is waited for."""
+"""How long a run that was asked to end is waited for; torchrun and DeepSpeed give its ranks 30 of them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def run_steps(steps: Sequence[Step]) -> int:
     """Run steps one after the other; ends with the first that fails, or at a signal.
 
     Ctrl-C, SIGTERM and the end of the terminal reach every process of the step as SIGTERM, upon which a run saves and
-    ends; a second Ctrl-C reaches them as it is. A step has a session of its own for that: DeepSpeed's runner passes
+    ends. Once is enough: a second signal would keep torchrun from ending its ranks. Whoever gives one after a minute
+    has them killed. A step has a session of its own for that: DeepSpeed's runner passes
     nothing on without pdsh, and Python kills what it waits for a quarter of a second after the terminal's Ctrl-C.
 
     Returns:
@@ -57,15 +58,17 @@ def run_steps(steps: Sequence[Step]) -> int:
 def run_step(step: Step) -> tuple[int, list[int]]:
     """Run one step to its end; gives its exit code, and the signals that came meanwhile."""
     received: list[int] = []
+    asked = 0.0
     process: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
         del frame
         received.append(number)
-        if process is not None:
-            signal_group(
-                process.pid, signal.SIGINT if len(received) > 1 and number == signal.SIGINT else signal.SIGTERM
-            )
+        asked = asked or time.monotonic()
+        late = time.monotonic() > asked + SECONDS_TO_END
+        if process is not None and (late or len(received) == 1):
+            signal_group(process.pid, signal.SIGKILL if late else signal.SIGTERM)
 
     heard = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
     before = {number: signal.signal(number, pass_on) for number in heard}
