@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from es_megatron.errors import ConfigError, EsError
+from es_megatron.frameworks.arguments import check_flags
 from es_megatron.patching import patch_and_report
 from es_megatron.testing import prepare_cpu
 
@@ -62,6 +63,7 @@ def main() -> None:
     script = Path(sys.argv[1])
     sys.argv = sys.argv[1:]
     try:
+        check_flags(sys.argv[1:])
         prepare(script)
         # Not by runpy, which would put another module in __main__'s place: what the script pickles would not be found,
         # and a spawned process (saving a checkpoint starts one) would run the script's imports again.

@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from es_megatron.bench.comparison import Comparison
 from es_megatron.bench.spec import Spec, check, load_spec, nearest
 from es_megatron.errors import ConfigError
 
@@ -30,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Run what is not finished yet and print the table of each spec; returns 1 if a run has failed."""
+    from es_megatron.bench.comparison import Comparison  # imports torch
+
     failed = False
     for path in arguments.specs:
         spec = narrow(load_spec(path), arguments)

@@ -7,12 +7,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from es_megatron.checkpoint.compatibility import list_differences
 from es_megatron.checkpoint.es_state import read_manifest
 from es_megatron.checks.findings import Finding, fail, note, ok, split_error
 from es_megatron.errors import EsError
-from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
+
+if TYPE_CHECKING:
+    from es_megatron.frameworks.megatron_data import LoadedBlend
 
 SPARE_BYTES = 1 << 30
 BYTES_PER_SAMPLE = 5
@@ -31,6 +34,8 @@ def check_data(path: Path | None, seq_length: int) -> tuple[LoadedBlend | None, 
     """
     if path is None:
         return None, [note("data", "not checked", "give `--blend FILE`")]
+    from es_megatron.frameworks.megatron_data import load_blend  # imports torch
+
     try:
         blend = load_blend(path, seq_length)
     except EsError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from es_megatron.config.fields import require, require_choice
 from es_megatron.config.groups import (
     Correction,
     GuardSettings,
@@ -13,7 +14,7 @@ from es_megatron.config.groups import (
     ScoreSettings,
     SelectionSettings,
 )
-from es_megatron.config.reading import build, require, require_choice
+from es_megatron.config.reading import build
 from es_megatron.config.settings import PRESET_NAMES, EvolvedSamplingConfig
 
 __all__ = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from es_megatron.config.reading import require, require_choice
+from es_megatron.config.fields import Spec, check_fields
 from es_megatron.errors import ConfigError
 
 Kind = Literal["fresh", "history", "every-k", "prefix", "external"]
@@ -21,7 +21,7 @@ Precision = Literal["float32", "float16"]
 class SelectionSettings:
     """How b of the B sequences of a meta-batch are chosen."""
 
-    keep_ratio: float = 0.5
+    keep_ratio: Annotated[float, Spec("in (0, 1]", "share of the meta-batch")] = 0.5
     """Share of the meta-batch that gets a backward pass, in (0, 1] (b/B). b must come out a multiple of micro-batch
     size times data-parallel size. Preset `paper`: 0.25."""
 
@@ -40,10 +40,10 @@ class SelectionSettings:
     components whose weights are higher. None: `kept`; `free` with `granularity: microbatch` and with
     `inclusion_weights`, which need it. Preset `paper`: `free`."""
 
-    anneal: float = 0.05
+    anneal: Annotated[float, Spec("in [0, 0.5]", "share of the iterations")] = 0.05
     """Share of iterations at each end that train on the whole meta-batch, in [0, 0.5] (E_a / E)."""
 
-    parts: int = 1
+    parts: Annotated[int, Spec(">= 1", "parts")] = 1
     """Parts of consecutive positions that a meta-batch is cut into, >= 1, to choose the same number from each: as if
     that many smaller meta-batches had filled one batch for the optimizer (AdaSelection, Algorithm 2)."""
 
@@ -51,30 +51,22 @@ class SelectionSettings:
     """`sample` chooses sequences and packs them into new micro-batches; `microbatch` chooses whole groups of
     micro-batch-size consecutive positions by their mean weight."""
 
-    weight_floor: float = 0.0
+    weight_floor: Annotated[float, Spec("in [0, 1]", "share of the mean weight")] = 0.0
     """Lower bound of a weight as a share of the mean weight, in [0, 1]; above 0 every sample stays reachable."""
 
     inclusion_weights: bool = False
     """Weight chosen losses by one over their inclusion probability, so that the gradient is unbiased."""
 
-    max_bad_losses: float = 0.1
+    max_bad_losses: Annotated[float, Spec("in [0, 1]", "share of the meta-batch")] = 0.1
     """Share of a meta-batch that may have a non-finite loss, in [0, 1], before the run stops."""
 
-    budget: float | None = None
+    budget: Annotated[float | None, Spec("in (0, 1]", "share of the plain run's cost")] = None
     """What the run may cost, as a share of the plain run's forward and backward work (backward = 2 forward), in (0, 1].
     `keep_ratio` is not read: as many sequences are chosen as reach it, and the run is cut to it; `plain` ignores it."""
 
     def __post_init__(self) -> None:
         """Check every field and their combinations."""
-        require(0 < self.keep_ratio <= 1, "selection.keep_ratio", "in (0, 1]", self.keep_ratio)
-        require(0 <= self.anneal <= 0.5, "selection.anneal", "in [0, 0.5]", self.anneal)
-        require(self.parts >= 1, "selection.parts", ">= 1", self.parts)
-        require_choice("selection.granularity", self.granularity, Granularity)
-        require(0 <= self.weight_floor <= 1, "selection.weight_floor", "in [0, 1]", self.weight_floor)
-        require(0 <= self.max_bad_losses <= 1, "selection.max_bad_losses", "in [0, 1]", self.max_bad_losses)
-        require(self.budget is None or 0 < self.budget <= 1, "selection.budget", "in (0, 1]", self.budget)
-        if self.mixture is not None:
-            require_choice("selection.mixture", self.mixture, Mixture)
+        check_fields(self, "selection.")
         if self.mixture == "kept" and self.crosses_components:
             raise ConfigError(
                 f"`selection.mixture` must be `free` with `{self.crosses_components}`, which chooses across "
@@ -105,37 +97,32 @@ class ScorerSettings:
     forward pass over the first `prefix_share` of each sequence's tokens), `external` (the initial scores choose, and
     never change). Preset `paper`: `fresh`."""
 
-    every: int = 4
+    every: Annotated[int, Spec(">= 1", "iterations")] = 4
     """Period of the fresh passes of `every-k`, in iterations, >= 1."""
 
-    prefix_share: float = 0.125
+    prefix_share: Annotated[float, Spec("in (0, 1]", "share of the tokens")] = 0.125
     """Share of a sequence's tokens that the `prefix` scorer reads, in (0, 1], rounded up to a multiple of 8 tokens."""
 
-    micro_batch_size: int | None = None
+    micro_batch_size: Annotated[int | None, Spec(">= 1", "sequences")] = None
     """Sequences in a micro-batch of the scoring pass, which needs no activations kept; None: the training size."""
 
-    cost: float | None = None
+    cost: Annotated[float | None, Spec("> 0", "forward passes")] = None
     """What a scoring pass over a whole sequence costs in forward passes, where training on it costs 3, above 0; as
     measured, that is 3 * scoring / (forward + backward) seconds. Budget and guard count with it. None: 1."""
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require_choice("scorer.kind", self.kind, Kind)
-        require(self.every >= 1, "scorer.every", ">= 1", self.every)
-        require(0 < self.prefix_share <= 1, "scorer.prefix_share", "in (0, 1]", self.prefix_share)
-        size = self.micro_batch_size
-        require(size is None or size >= 1, "scorer.micro_batch_size", ">= 1", size)
-        require(self.cost is None or self.cost > 0, "scorer.cost", "above 0", self.cost)
+        check_fields(self, "scorer.")
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
     """How scores evolve, where they start, and where they are kept."""
 
-    beta1: float = 0.2
+    beta1: Annotated[float, Spec("in [0, 1]")] = 0.2
     """Share of the old score in the sampling weight, in [0, 1] (beta_1 of eq. 2.5)."""
 
-    beta2: float | None = None
+    beta2: Annotated[float | None, Spec("in [0, 1)")] = None
     """Decay of the score, in [0, 1) (beta_2 of eq. 2.5). None: the paper's 0.9 without pruning, 0.8 with it."""
 
     correction: Correction | None = None
@@ -153,10 +140,7 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require(0 <= self.beta1 <= 1, "scores.beta1", "in [0, 1]", self.beta1)
-        require(self.beta2 is None or 0 <= self.beta2 < 1, "scores.beta2", "in [0, 1)", self.beta2)
-        if self.correction is not None:
-            require_choice("scores.correction", self.correction, Correction)
+        check_fields(self, "scores.")
 
 
 @dataclass(frozen=True)
@@ -173,14 +157,14 @@ class ReferenceSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require_choice("reference.precision", self.precision, Precision)
+        check_fields(self, "reference.")
 
 
 @dataclass(frozen=True)
 class PruningSettings:
     """What epochs leave out (ESWP)."""
 
-    ratio: float = 0.0
+    ratio: Annotated[float, Spec("in [0, 1)", "share of every component")] = 0.0
     """Share of every component left out of each of its pruned epochs, in [0, 1) (r). 0 is ES, above it ESWP."""
 
     pruner: str = "eswp"
@@ -192,14 +176,14 @@ class PruningSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require(0 <= self.ratio < 1, "pruning.ratio", "in [0, 1)", self.ratio)
+        check_fields(self, "pruning.")
 
 
 @dataclass(frozen=True)
 class OrderSettings:
     """The order of the data, and the kept masks that it reads."""
 
-    mask_lag: int | None = None
+    mask_lag: Annotated[int | None, Spec(">= 1", "iterations")] = None
     """Iterations between the scores that decide an epoch's kept mask and its first draw, >= 1; at least what the data
     loader reads ahead. None: what it reads ahead, so that scores are as new as can be."""
 
@@ -209,7 +193,7 @@ class OrderSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require(self.mask_lag is None or self.mask_lag >= 1, "order.mask_lag", ">= 1", self.mask_lag)
+        check_fields(self, "order.")
 
 
 @dataclass(frozen=True)
@@ -221,10 +205,9 @@ class GuardSettings:
     meta-batches). Judged by the weights of `window` iterations: they must be worth more than a scoring pass costs
     (Katharopoulos & Fleuret 2018)."""
 
-    window: int = 50
+    window: Annotated[int, Spec(">= 1", "iterations")] = 50
     """Selecting iterations before the guard may judge, and of its average, >= 1."""
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require_choice("guard.fallback", self.fallback, Fallback)
-        require(self.window >= 1, "guard.window", ">= 1", self.window)
+        check_fields(self, "guard.")

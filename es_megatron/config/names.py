@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 
+from es_megatron.config.hints import misspelt
 from es_megatron.errors import ConfigError
 
 LOGGER = logging.getLogger(__name__)
@@ -153,6 +154,18 @@ def override_path(key: str, value: object, where: str) -> list[str]:
         return key.split(".")
     tell_renamed([name] if name in FLAT_NAMES else [], where)
     return [section, *path_of(name, value)]
+
+
+def block_in(content: Mapping[str, Any], where: str) -> Any:
+    """The block of our settings in a program's configuration, None if it has none.
+
+    Raises:
+        ConfigError: a key looks like ours; the program would pass over it in silence.
+    """
+    near = misspelt(content, SECTION)
+    if near is not None:
+        raise ConfigError(f"Unknown key `{near}` in `{where}`. Did you mean `{SECTION}`?")
+    return content.get(SECTION)
 
 
 def options_of(given: Any) -> Any:

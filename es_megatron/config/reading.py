@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from es_megatron.config.hints import hint_for
 from es_megatron.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def require(holds: bool, name: str, rule: str, value: object) -> None:
-    """Raise the usual `ConfigError` unless a setting keeps its rule."""
-    if not holds:
-        raise ConfigError(f"`{name}` must be {rule}, but is {value!r} instead.")
-
-
-def require_choice(name: str, value: object, literal: Any) -> None:
-    """Raise unless `value` is one of the strings of a `Literal`; names the nearest one."""
-    choices = typing.get_args(literal)
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r} instead.{hint}")
-
-
-def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+def build(cls: type[T], mapping: Mapping[str, Any], where: str, root: type | None = None) -> T:
     """Make a settings dataclass from a mapping, nested ones included.
 
     Args:
         cls: a dataclass.
         mapping: what was read from YAML or JSON.
         where: names the source in errors, such as `configs/demo.yaml`.
+        root: dataclass of all settings, if `cls` is one of its sections; hints are looked for there.
 
     Raises:
         ConfigError: unknown or missing key, or a value of another type; names key, source and the nearest key.
@@ -47,10 +33,8 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cast(Any, cls)) if field.init}
     for key in mapping:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"Did you mean `{near[0]}`?" if near else f"Known keys: {', '.join(fields)}."
-            raise ConfigError(f"Unknown key `{key}` in `{where}`. {hint}")
-    values = {key: convert(hints[key], value, f"{where}: {key}") for key, value in mapping.items()}
+            raise ConfigError(f"Unknown key `{key}` in `{where}`. {hint_for(str(key), cls, root or cls)}")
+    values = {key: convert(hints[key], value, f"{where}: {key}", root or cls) for key, value in mapping.items()}
     for name, field in fields.items():
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if no_default and name not in values:
@@ -58,7 +42,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     return cls(**values)
 
 
-def convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
     """Check a value read from YAML or JSON against a field's type; ints stand in for floats.
 
     Raises:
@@ -67,12 +51,12 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if hasattr(hint, "from_mapping"):
         return hint.from_mapping(value, where)
     if dataclasses.is_dataclass(hint):
-        return build(cast(type[Any], hint), value, where)
+        return build(cast(type[Any], hint), value, where, root)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return convert(next(argument for argument in arguments if argument is not type(None)), value, where)
+        return convert(next(argument for argument in arguments if argument is not type(None)), value, where, root)
     if origin is Literal:
         return value  # the dataclass itself names the choices
     if origin in (tuple, list, Mapping):

@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from es_megatron.config.fields import Spec, check_fields, require_choice
 from es_megatron.config.groups import (
     Correction,
     GuardSettings,
@@ -20,7 +21,7 @@ from es_megatron.config.groups import (
     SelectionSettings,
 )
 from es_megatron.config.names import FLAT_NAMES, GROUPS, nested, settings_in
-from es_megatron.config.reading import build, require, require_choice
+from es_megatron.config.reading import build
 from es_megatron.errors import ConfigError
 
 Arm = Literal["es", "plain", "uniform", "uniform-prune", "shortened", "shuffled"]
@@ -51,7 +52,7 @@ class EvolvedSamplingConfig:
     scoring), `uniform-prune` (the same, and a random share of each epoch pruned), `shortened` (plain, cut to the cost
     of the `es` run), `shuffled` (placebo: weights permuted within the meta-batch, kept masks within the component)."""
 
-    seed: int = 1234
+    seed: Annotated[int, Spec("in [0, 2^63)")] = 1234
     """Seed of data order, pruning and selection, in [0, 2^63)."""
 
     selection: SelectionSettings = field(default_factory=SelectionSettings)
@@ -77,8 +78,7 @@ class EvolvedSamplingConfig:
 
     def __post_init__(self) -> None:
         """Check what stands in no group, or in several."""
-        require_choice("arm", self.arm, Arm)
-        require(0 <= self.seed < 1 << 63, "seed", "in [0, 2^63)", self.seed)
+        check_fields(self)
         if self.scorer.kind == "external" and self.scores.initial is None and self.reference.folder is None:
             raise ConfigError(
                 "`scores.initial` must be given with `scorer: external`, which chooses by them. Name a folder of "

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import yaml
 
-from es_megatron.config.names import SECTION
+from es_megatron.config.names import SECTION, block_in
 from es_megatron.config_files.existing_run import ALIASES, SIZES, ExistingRun, Kind, canonical, parse_options
 from es_megatron.config_files.launches import Launch, Script, read_script
 from es_megatron.config_files.shell_syntax import Command, parse
@@ -251,7 +251,7 @@ def _yaml(text: str, hints: Hints) -> Source:
         if name in SIZES and len({values for _, values in places}) > 1
     )
     run = ExistingRun("yaml", options, None, hints.world_size, notes=notes).replaced(hints.values)
-    return Source("yaml", text, (run,), (), cast(Mapping[str, Any], content.get(SECTION) or {}))
+    return Source("yaml", text, (run,), (), cast(Mapping[str, Any], block_in(content, "it") or {}))
 
 
 def _leaves(mapping: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -282,4 +282,4 @@ def _deepspeed(text: str, hints: Hints) -> Source:
     if "sequence_parallel_size" in content:
         options["context_parallel_size"] = (str(content["sequence_parallel_size"]),)
     run = ExistingRun("deepspeed", options, None, hints.world_size, deepspeed=content).replaced(hints.values)
-    return Source("deepspeed", text, (run,), (), cast(Mapping[str, Any], content.get(SECTION) or {}))
+    return Source("deepspeed", text, (run,), (), cast(Mapping[str, Any], block_in(content, "it") or {}))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
+import functools
 import inspect
 import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from es_megatron.config import PRESET_NAMES, EvolvedSamplingConfig
 from es_megatron.config.names import FLAT_NAMES, Setting, flag_of, given_names, settings_in
 from es_megatron.config.settings import Preset
+from es_megatron.errors import ConfigError
 
 PREFIX = "es_"
 STRICT_VERSIONS = "--es-strict-versions"
@@ -94,6 +97,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def check_flags(words: Sequence[str]) -> None:
+    """Refuse a flag that looks like one of ours and is none, with the nearest; others are the script's business.
+
+    Raises:
+        ConfigError: names both.
+    """
+    known = list(add_arguments(argparse.ArgumentParser(add_help=False))._option_string_actions)  # pyright: ignore[reportPrivateUsage]
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        if not flag.startswith(("--es-", "--no-es-")) or any(each.startswith(flag) for each in known):
+            continue  # argparse takes the beginning of a flag for it
+        if near := difflib.get_close_matches(flag, known, n=1):
+            raise ConfigError(f"Unknown flag `{word.partition('=')[0]}`. Did you mean `{near[0]}`?")
+
+
 def read_switches(arguments: argparse.Namespace) -> Switches:
     """Read what was given.
 
@@ -128,6 +146,7 @@ def _old_names(setting: Setting) -> list[str]:
     return [flag for flag in old if flag != flag_of(setting.name)]
 
 
+@functools.cache
 def field_help(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, on one line."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))

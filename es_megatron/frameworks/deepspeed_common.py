@@ -23,7 +23,7 @@ from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
-from es_megatron.config.names import SECTION
+from es_megatron.config.names import SECTION, block_in
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
@@ -78,11 +78,12 @@ def settings_of(engine: Any) -> EvolvedSamplingConfig:
         ConfigError: no such block, an unknown key, a value out of range.
     """
     found = engine._config._param_dict  # what DeepSpeed has read, from a dict or a file
-    if SECTION not in found:
+    block = block_in(found, "the DeepSpeed configuration")
+    if block is None:
         raise ConfigError(
             f'The DeepSpeed configuration must have a block `"{SECTION}": {{...}}`. Add it, or pass `config`.'
         )
-    return EvolvedSamplingConfig.from_mapping(found[SECTION], f'DeepSpeed configuration: "{SECTION}"')
+    return EvolvedSamplingConfig.from_mapping(block, f'DeepSpeed configuration: "{SECTION}"')
 
 
 def check_engine(engine: Any, config: EvolvedSamplingConfig) -> None:

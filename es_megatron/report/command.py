@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es_megatron.errors import CheckpointError, ConfigError
-from es_megatron.report.analysis import Analysis, analyse
-from es_megatron.trainer.metrics_file import read_metrics
 
 if TYPE_CHECKING:
+    from es_megatron.report.analysis import Analysis
     from es_megatron.report.figures import Picture
 
 FOLDER = "report"
@@ -26,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """Write the page, and its pictures as PNG files into RUN/report; returns 0."""
+    from es_megatron.report.analysis import analyse  # imports torch
+    from es_megatron.trainer.metrics_file import read_metrics
+
     directory: Path = arguments.run_directory
     analysis = analyse(read_metrics(directory))
     try:

@@ -20,7 +20,7 @@ from es_megatron.checkpoint import disk
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
-from es_megatron.config.names import SECTION
+from es_megatron.config.names import SECTION, block_in
 from es_megatron.core.plan import Layout
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError
@@ -292,7 +292,8 @@ def engine_settings(settings: PretrainSettings) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise ConfigError(f"`deepspeed.config` must be a JSON file, but `{path}` is not: {error}.") from error
     given.pop("gradient_accumulation_steps", None)  # follows from the batch sizes
-    block = given.pop(SECTION, None)
+    block = block_in(given, str(path))
+    given.pop(SECTION, None)
     if block is not None:
         said = EvolvedSamplingConfig.from_mapping(block, f'{path}: "{SECTION}"')
         if said.filled_in() != settings.evolved_sampling.filled_in():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from es_megatron.config import require
+from es_megatron.config.fields import Spec, check_fields
 from es_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 class DeepSpeedSettings:
     """What DeepSpeed is told beyond the rest of the settings, with `backend: deepspeed`."""
 
-    zero_stage: int = 1
+    zero_stage: Annotated[int, Spec("in [0, 3]", "stage", ("stage", "zero"))] = 1
     """What is sharded over data-parallel ranks, 0 to 3: nothing, optimizer state, gradients too, weights too."""
 
-    config: Path | None = None
+    config: Annotated[Path | None, Spec(also=("deepspeed_config", "ds_config"))] = None
     """A DeepSpeed JSON file whose blocks are passed on (offload, communication, activation checkpointing); batch sizes,
     precision, clipping and ZeRO stage come from the other settings, and must agree where the file has them too."""
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require(self.zero_stage in (0, 1, 2, 3), "zero_stage", "0, 1, 2 or 3", self.zero_stage)
+        check_fields(self)
 
 
 def check_deepspeed(settings: DeepSpeedSettings, parallel: ParallelSettings, *, bf16: bool, clips: bool) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from es_megatron.config import require, require_choice
+from es_megatron.config import require
+from es_megatron.config.fields import Spec, check_fields
 from es_megatron.errors import ConfigError
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
@@ -17,28 +18,30 @@ Recompute = Literal["none", "full"]
 class ModelSettings:
     """A GPT; the vocabulary comes from the tokenizer of the blend."""
 
-    num_layers: int = 4
+    num_layers: Annotated[int, Spec(">= 1", "layers", ("n_layer", "n_layers", "num_hidden_layers", "layers"))] = 4
     """Transformer layers, >= 1."""
 
-    hidden_size: int = 128
+    hidden_size: Annotated[int, Spec(">= 1", "channels", ("d_model", "n_embd", "dim", "hidden_dim"))] = 128
     """Width of the residual stream, a multiple of `num_attention_heads`."""
 
-    num_attention_heads: int = 4
+    num_attention_heads: Annotated[int, Spec(">= 1", "heads", ("n_head", "num_heads", "n_heads"))] = 4
     """Attention heads of a layer, >= 1."""
 
-    num_query_groups: int | None = None
+    num_query_groups: Annotated[int | None, Spec(">= 1", "heads", ("num_key_value_heads", "n_kv_heads"))] = None
     """Heads of keys and values, shared by groups of query heads; None: one for each head."""
 
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: Annotated[int | None, Spec(">= 1", "channels", ("intermediate_size", "d_ff"))] = None
     """Width of the feed-forward layer; None: 4 x hidden, or with `swiglu` 8/3 x hidden, rounded up to 64s."""
 
-    seq_length: int = 128
+    seq_length: Annotated[
+        int, Spec(">= 1", "tokens", ("max_seq_length", "seq_len", "sequence_length", "block_size", "context_length"))
+    ] = 128
     """Tokens in a sample."""
 
-    normalization: Normalization = "RMSNorm"
+    normalization: Annotated[Normalization, Spec(also=("norm",))] = "RMSNorm"
     """`LayerNorm` or `RMSNorm`."""
 
-    position_embedding: PositionEmbedding = "rope"
+    position_embedding: Annotated[PositionEmbedding, Spec(also=("position_embedding_type",))] = "rope"
     """`rope` (rotary) or `learned`."""
 
     swiglu: bool = True
@@ -47,37 +50,30 @@ class ModelSettings:
     bias: bool = False
     """Bias terms in the linear layers."""
 
-    tie_embeddings: bool = True
+    tie_embeddings: Annotated[bool, Spec(also=("tie_word_embeddings",))] = True
     """Use the embedding as the output layer's weight."""
 
-    dropout: float = 0.0
+    dropout: Annotated[float, Spec("in [0, 1)", "share of the values", ("hidden_dropout", "attention_dropout"))] = 0.0
     """Dropout of attention and hidden states, in [0, 1). Scoring never drops."""
 
-    init_std: float = 0.02
+    init_std: Annotated[float, Spec("> 0", also=("init_method_std", "initializer_range"))] = 0.02
     """Standard deviation of the initial weights, > 0; divided by sqrt(2 layers) where they write to the residual."""
 
-    init_seed: int = 1234
+    init_seed: Annotated[int, Spec(">= 0")] = 1234
     """Seed of the initial weights, >= 0. They do not depend on the parallel layout."""
 
-    vocab_multiple: int = 128
+    vocab_multiple: Annotated[int, Spec(">= 1", "tokens", ("make_vocab_size_divisible_by",))] = 128
     """The vocabulary is padded to a multiple of this and of the tensor-parallel size, >= 1. Padded tokens take part in
     the softmax, so runs to be compared need the same padding: any tensor-parallel size that divides this gives it."""
 
-    recompute: Recompute = "none"
+    recompute: Annotated[
+        Recompute, Spec(also=("recompute_granularity", "activation_checkpointing", "gradient_checkpointing"))
+    ] = "none"
     """`none`, or `full`: keep only the input of each layer and compute it again in the backward pass."""
 
     def __post_init__(self) -> None:
         """Check every field and their combinations."""
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_multiple"):
-            require_positive(name, getattr(self, name))
-        for name in ("num_query_groups", "ffn_hidden_size"):
-            require_positive(name, getattr(self, name), optional=True)
-        require_choice("normalization", self.normalization, Normalization)
-        require_choice("position_embedding", self.position_embedding, PositionEmbedding)
-        require_choice("recompute", self.recompute, Recompute)
-        require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
-        require(self.init_std > 0, "init_std", "> 0", self.init_std)
-        require(self.init_seed >= 0, "init_seed", ">= 0", self.init_seed)
+        check_fields(self)
         heads = self.num_attention_heads
         require(self.hidden_size % heads == 0, "hidden_size", f"a multiple of {heads} heads", self.hidden_size)
         even = self.position_embedding != "rope" or self.hidden_size // heads % 2 == 0
@@ -101,16 +97,20 @@ class ModelSettings:
 class ParallelSettings:
     """How the model is split over ranks; what is left of the world is data-parallel."""
 
-    tensor: int = 1
+    tensor: Annotated[int, Spec(">= 1", "ranks", ("tensor_model_parallel_size", "tp", "tensor_parallel_size"))] = 1
     """Ranks that share each layer, >= 1."""
 
-    pipeline: int = 1
+    pipeline: Annotated[
+        int, Spec(">= 1", "ranks", ("pipeline_model_parallel_size", "pp", "pipeline_parallel_size"))
+    ] = 1
     """Ranks that share the layers among them, >= 1."""
 
-    virtual_pipeline: int | None = None
+    virtual_pipeline: Annotated[
+        int | None, Spec(">= 2", "chunks of a rank", ("virtual_pipeline_model_parallel_size", "vpp"))
+    ] = None
     """Model chunks of each pipeline rank, >= 2, for the interleaved schedule; None: one, without interleaving."""
 
-    distributed_optimizer: bool = False
+    distributed_optimizer: Annotated[bool, Spec(also=("use_distributed_optimizer",))] = False
     """Shard the optimizer state over data-parallel ranks."""
 
     overlap_grad_reduce: bool = False
@@ -119,7 +119,7 @@ class ParallelSettings:
     overlap_param_gather: bool = False
     """Gather updated weights during the next forward pass; needs the two above."""
 
-    bucket_size: int | None = None
+    bucket_size: Annotated[int | None, Spec(">= 1", "parameters", ("ddp_bucket_size",))] = None
     """Parameters reduced at a time when overlapping, >= 1; None: Megatron-Core's choice (40 million or more)."""
 
     sequence_parallel: bool = False
@@ -127,16 +127,12 @@ class ParallelSettings:
 
     def __post_init__(self) -> None:
         """Check every field and their combinations."""
-        require_positive("tensor", self.tensor)
-        require_positive("pipeline", self.pipeline)
-        require_positive("bucket_size", self.bucket_size, optional=True)
-        if self.virtual_pipeline is not None:
-            require(self.virtual_pipeline >= 2, "virtual_pipeline", ">= 2 or null", self.virtual_pipeline)
-            if self.pipeline == 1:
-                raise ConfigError(
-                    "`pipeline` must be above 1 with `virtual_pipeline`, but is 1 instead. "
-                    "Set `virtual_pipeline` to null or `pipeline` to 2 or more."
-                )
+        check_fields(self)
+        if self.virtual_pipeline is not None and self.pipeline == 1:
+            raise ConfigError(
+                "`pipeline` must be above 1 with `virtual_pipeline`, but is 1 instead. "
+                "Set `virtual_pipeline` to null or `pipeline` to 2 or more."
+            )
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ConfigError(
                 "`overlap_param_gather` needs `distributed_optimizer` and `overlap_grad_reduce`. Set them."
@@ -152,8 +148,3 @@ class ParallelSettings:
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel size in a world that `check_layout` accepts."""
         return world_size // (self.tensor * self.pipeline)
-
-
-def require_positive(name: str, value: int | None, *, optional: bool = False) -> None:
-    """Raise the usual `ConfigError` unless a count is at least 1, or None where that is allowed."""
-    require(optional if value is None else value >= 1, name, ">= 1", value)

@@ -6,16 +6,17 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 
 from es_megatron.checkpoint.disk import replace_file
-from es_megatron.config import EvolvedSamplingConfig, build, require, require_choice
+from es_megatron.config import EvolvedSamplingConfig, build, require
+from es_megatron.config.fields import Spec, check_fields
 from es_megatron.config.names import grouped, override_path
 from es_megatron.errors import ConfigError, LayoutError
 from es_megatron.trainer.deepspeed_settings import DeepSpeedSettings, check_deepspeed
-from es_megatron.trainer.model_settings import ModelSettings, ParallelSettings, require_positive
+from es_megatron.trainer.model_settings import ModelSettings, ParallelSettings
 
 Precision = Literal["fp32", "bf16"]
 BackendName = Literal["megatron", "deepspeed"]
@@ -26,93 +27,95 @@ BlendChange = Literal["refuse", "keep_scores"]
 class DataSettings:
     """Where samples come from."""
 
-    blend: Path
+    blend: Annotated[Path, Spec(also=("data_path", "dataset", "train_data_path", "data_prefix"))]
     """The blend file `es-megatron prepare` wrote; relative to the working directory."""
 
-    num_workers: int = 0
+    num_workers: Annotated[int, Spec(">= 0", "processes of a rank", ("dataloader_num_workers", "workers"))] = 0
     """Loader processes of each rank that reads data, >= 0; 0 reads in the training process."""
 
-    prefetch: int = 2
+    prefetch: Annotated[int, Spec(">= 1", "meta-batches", ("prefetch_factor",))] = 2
     """Meta-batches that each worker loads ahead, >= 1; at most `order.mask_lag` / workers, where that is given."""
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require(self.num_workers >= 0, "num_workers", ">= 0", self.num_workers)
-        require_positive("prefetch", self.prefetch)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """Length, batch, optimizer and schedule."""
 
-    passes: float | None = None
+    passes: Annotated[
+        float | None, Spec("> 0", "passes over the blend", ("num_train_epochs", "epochs", "num_epochs"))
+    ] = None
     """How often the whole blend's number of samples is drawn, > 0. Give this or `train_samples`."""
 
-    train_samples: int | None = None
+    train_samples: Annotated[int | None, Spec(">= 1", "samples", ("num_samples", "max_samples"))] = None
     """Samples a plain run would draw, >= 1. Give this or `passes`."""
 
-    global_batch_size: int = 32
+    global_batch_size: Annotated[int, Spec(">= 1", "sequences", ("batch_size", "train_batch_size"))] = 32
     """Samples in a meta-batch (B): what Megatron calls the global batch. The optimizer sees the chosen ones."""
 
-    micro_batch_size: int = 4
+    micro_batch_size: Annotated[
+        int, Spec(">= 1", "sequences", ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"))
+    ] = 4
     """Samples in one forward and backward pass of a rank, >= 1."""
 
-    lr: float = 1e-3
+    lr: Annotated[float, Spec("> 0", also=("learning_rate", "max_lr"))] = 1e-3
     """Highest learning rate, > 0."""
 
-    min_lr: float = 1e-4
+    min_lr: Annotated[float, Spec(">= 0", also=("min_learning_rate", "lr_min", "warmup_min_lr"))] = 1e-4
     """Learning rate at the end of the cosine, in [0, lr]."""
 
-    warmup: float = 0.05
+    warmup: Annotated[
+        float,
+        Spec(
+            "in [0, 1)",
+            "share of the schedule",
+            ("lr_warmup_fraction", "warmup_ratio", "warmup_steps", "lr_warmup_iters"),
+        ),
+    ] = 0.05
     """Share of the schedule with a linear warm-up, in [0, 1)."""
 
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Spec(">= 0", also=("wd",))] = 0.1
     """Decoupled weight decay of matrices, >= 0; norms and biases have none."""
 
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, Spec("in [0, 1)", also=("beta1",))] = 0.9
     """Decay of Adam's first moment, in [0, 1)."""
 
-    adam_beta2: float = 0.95
+    adam_beta2: Annotated[float, Spec("in [0, 1)", also=("beta2",))] = 0.95
     """Decay of Adam's second moment, in [0, 1)."""
 
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Spec("> 0", also=("eps", "adam_epsilon"))] = 1e-8
     """Adam's epsilon, > 0."""
 
-    clip_grad: float = 1.0
+    clip_grad: Annotated[
+        float, Spec(">= 0", "norm of the gradients", ("gradient_clipping", "max_grad_norm", "grad_clip"))
+    ] = 1.0
     """Norm that gradients are clipped to, >= 0; 0 does not clip."""
 
-    precision: Precision = "fp32"
+    precision: Annotated[Precision, Spec(also=("bf16", "dtype", "params_dtype", "fp16"))] = "fp32"
     """`fp32` or `bf16` (with fp32 master weights and gradients)."""
 
-    seed: int = 1234
+    seed: Annotated[int, Spec(">= 0")] = 1234
     """Seed of dropout and of the libraries' generators, >= 0. Data order has the seed of Evolved Sampling."""
 
-    eval_interval: int = 100
+    eval_interval: Annotated[int, Spec(">= 0", "iterations", ("eval_steps",))] = 100
     """Iterations between evaluations, >= 0; 0 evaluates at the end only."""
 
-    eval_samples: int = 64
+    eval_samples: Annotated[int, Spec(">= 0", "samples of a domain", ("eval_iters",))] = 64
     """Validation samples of each domain in one evaluation, >= 0; 0 never evaluates."""
 
-    log_interval: int = 10
+    log_interval: Annotated[int, Spec(">= 1", "iterations", ("logging_steps", "steps_per_print"))] = 10
     """Iterations between log lines, >= 1."""
 
     def __post_init__(self) -> None:
         """Check every field and their combinations."""
+        check_fields(self)
         if (self.passes is None) == (self.train_samples is None):
             given = "neither is" if self.passes is None else "both are"
             raise ConfigError(f"Exactly one of `passes` and `train_samples` must be given, but {given}. Give one.")
-        require(self.passes is None or self.passes > 0, "passes", "> 0", self.passes)
-        require_positive("train_samples", self.train_samples, optional=True)
-        for name in ("global_batch_size", "micro_batch_size", "log_interval"):
-            require_positive(name, getattr(self, name))
-        require(self.lr > 0, "lr", "> 0", self.lr)
-        require(0 <= self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr)
-        for name in ("warmup", "adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        require(self.adam_eps > 0, "adam_eps", "> 0", self.adam_eps)
-        for name in ("weight_decay", "clip_grad", "seed", "eval_interval", "eval_samples"):
-            require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
-        require_choice("precision", self.precision, Precision)
+        require(self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr)
 
     def draws(self, samples: int) -> int:
         """Samples that the plain run draws from a blend of so many."""
@@ -123,17 +126,17 @@ class TrainingSettings:
 class RunSettings:
     """What a run writes, and where."""
 
-    directory: Path = Path("runs/pretrain")
+    directory: Annotated[Path, Spec(also=("output_dir", "save", "save_dir"))] = Path("runs/pretrain")
     """Folder of logs, checkpoints and summaries."""
 
-    save_interval: int | None = 0
+    save_interval: Annotated[int | None, Spec(">= 0", "iterations", ("save_steps", "checkpoint_interval"))] = 0
     """Iterations between checkpoints, >= 0, with one more at the end; 0 saves at the end only. None: only where the run
     is stopped before it."""
 
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Spec(">= 1", "checkpoints", ("save_total_limit",))] = 2
     """Newest checkpoints kept, >= 1; older ones are removed once a newer one is complete."""
 
-    resume: bool = True
+    resume: Annotated[bool, Spec(also=("resume_from_checkpoint", "load"))] = True
     """Go on from the newest complete checkpoint in `directory`, if there is one."""
 
     on_blend_change: BlendChange = "refuse"
@@ -154,9 +157,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require_choice("on_blend_change", self.on_blend_change, BlendChange)
-        require((self.save_interval or 0) >= 0, "save_interval", ">= 0 or null", self.save_interval)
-        require_positive("keep_checkpoints", self.keep_checkpoints)
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ class PretrainSettings:
 
     def __post_init__(self) -> None:
         """Check combinations of sections."""
-        require_choice("backend", self.backend, BackendName)
+        check_fields(self)
         model, parallel = self.model, self.parallel
         for name, size in (
             ("num_attention_heads", model.num_attention_heads),
@@ -237,6 +238,14 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSe
     Raises:
         ConfigError: no such file, not YAML, an unknown key (names it, the file and the nearest), a value out of range.
     """
+    sections = read_sections(path)
+    for override in overrides:
+        apply_override(sections, override)
+    return build(PretrainSettings, sections, f"{path} and the command line" if overrides else str(path))
+
+
+def read_sections(path: str | Path) -> dict[str, Any]:
+    """What a settings file has, those of Evolved Sampling in their groups; `ConfigError` if it cannot be read."""
     try:
         mapping: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -245,10 +254,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSe
         raise ConfigError(f"Settings `{path}` must be YAML, but are not: {error}") from error
     if not isinstance(mapping, dict):
         raise ConfigError(f"Settings `{path}` must be a mapping of sections, but are {mapping!r} instead.")
-    sections = grouped(cast(dict[str, Any], mapping), str(path))
-    for override in overrides:
-        apply_override(sections, override)
-    return build(PretrainSettings, sections, f"{path} and the command line" if overrides else str(path))
+    return grouped(cast(dict[str, Any], mapping), str(path))
 
 
 def apply_override(mapping: dict[str, Any], override: str) -> None:

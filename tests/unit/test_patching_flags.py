@@ -11,7 +11,7 @@ import pytest
 
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import ConfigError
-from es_megatron.frameworks.arguments import add_arguments, field_help, read_switches
+from es_megatron.frameworks.arguments import add_arguments, check_flags, field_help, read_switches
 from tests.es_config import es_config
 
 
@@ -50,6 +50,18 @@ def test_wrong_values() -> None:
         parser.parse_args(["--es-arm", "best"])
     with pytest.raises(ConfigError, match=r"`selection\.keep_ratio` must be in"):
         read_switches(parser.parse_args(["--es-selection-keep-ratio", "2"]))
+
+
+def test_flags_that_look_like_ours_are_refused_before_the_script_runs() -> None:
+    check_flags(["--es", "--es-selection-keep-ratio=0.25", "--no-es", "--es-keep-ratio", "0.5", "--es-sel", "--esq"])
+    check_flags(["--es-of-the-script-alone", "--lr", "1", "es-pruning-rati"])
+    for flag, meant in (
+        ("--es-selection-keep-ration", "--es-selection-keep-ratio"),
+        ("--es-prunning-ratio=0.2", "--es-pruning-ratio"),
+        ("--no-es-selection-inclusion-weight-s", "--no-es-selection-inclusion-weights"),
+    ):
+        with pytest.raises(ConfigError, match=f"Unknown flag `{flag.partition('=')[0]}`. Did you mean `{meant}`"):
+            check_flags(["--lr", "1", flag])
 
 
 def test_runner_names_what_is_wrong(tmp_path: Path) -> None:
