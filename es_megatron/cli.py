@@ -113,7 +113,9 @@ class Parser(argparse.ArgumentParser):
     """A parser that names the nearest option where it does not know one."""
 
     @override
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride] - its overloads say the same
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown: {' '.join(unknown)}. {self._hint(unknown[0])}".rstrip())
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top = TopParser(
         prog="es-megatron",
         usage="es-megatron [--help] [--version] COMMAND ...",
-        description=es_megatron.__doc__.partition("\n")[0],
+        description=(es_megatron.__doc__ or "").partition("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"es_megatron {es_megatron.__version__}")

@@ -20,8 +20,8 @@ TYPES: Mapping[Any, str] = {bool: "boolean", int: "integer", float: "number", st
 
 def schema() -> dict[str, Any]:
     """Schema of the YAML of `es-megatron pretrain`; JSON-able."""
-    root = _object("Settings of `es-megatron pretrain`.")
-    root = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "es_megatron", **root}
+    head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "es_megatron"}
+    root: dict[str, Any] = {**head, **_object("Settings of `es-megatron pretrain`.")}
     for section in sections():
         inside = root
         for part in section.name.split(".") if section.name else ():
