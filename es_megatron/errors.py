@@ -20,7 +20,7 @@ class CheckpointError(EsError):
 
 
 class LossError(EsError):
-    """Too many losses of a meta-batch are not finite to go on."""
+    """Too many losses or gradients are not finite to go on."""
 
 
 class LayoutError(EsError):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from es_megatron.errors import ConfigError
+from es_megatron.trainer.command import STOPPED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +70,11 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         trainer = Trainer(settings)
         _say(trainer.size_and_time())
-        trainer.run()
+        finished = trainer.run()["finished"]
     finally:
         stop()
+    if not finished:
+        return STOPPED
     _say(
         f"Score a blend with it: es-megatron reference score --model {arguments.output} --blend {arguments.blend} "
         f"--output {arguments.output}-losses"

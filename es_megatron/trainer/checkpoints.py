@@ -19,6 +19,7 @@ from es_megatron.frameworks.appended import appended_check
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer.backend import Backend
+from es_megatron.trainer.changes import changes, comparable
 from es_megatron.trainer.settings import PretrainSettings
 
 LOGGER = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ class RunCheckpoints:
                 keep_scores=run.on_blend_change == "keep_scores",
                 appended=appended_check(settings.model.seq_length),
             )
+        self.changes: list[str] = []
+        """Settings that have changed since the checkpoint and take effect, once it is restored."""
+        self._settings = settings
         self._pending: BackgroundSave | None = None
         self._began = 0.0
 
@@ -72,7 +76,7 @@ class RunCheckpoints:
         else:
             state = self._resumption.state
             engine.follow(state["engine"])
-            backend.scheduler.override_opt_param_scheduler = True  # the run has another length now
+        self.changes = changes(state.get("settings", {}), self._settings)
         totals.load_state_dict(state["totals"])
         totals.chosen, totals.drawn = self._renumber(totals.chosen), self._renumber(totals.drawn)
         backend.load(self._found / MODEL)
@@ -92,7 +96,7 @@ class RunCheckpoints:
         partial = self._directory.begin(engine.iteration)
         with agreed(self._world, f"save iteration {engine.iteration}", lambda: None):
             backend.save(partial / MODEL)
-        own = {"totals": totals.state_dict(), "evaluations": list(evaluations)}
+        own = {"totals": totals.state_dict(), "evaluations": list(evaluations), "settings": comparable(self._settings)}
         copied = self._in_background and engine.grid.mp_rank == 0
         writer = engine.writer(partial / ES_STATE, own, copied=copied)
         if self._in_background:

@@ -31,7 +31,7 @@ from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer import model
 from es_megatron.trainer.backend import Backend, Iteration
 from es_megatron.trainer.model_state import random_state, restore_random_state
-from es_megatron.trainer.optimizer import build_scheduler, learning_rate
+from es_megatron.trainer.optimizer import build_scheduler, learning_rate, take_settings
 from es_megatron.trainer.passes import Float32, MicroBatches, calibrate, evaluate
 from es_megatron.trainer.settings import PretrainSettings
 
@@ -165,6 +165,7 @@ class DeepSpeedBackend(Backend):
             raise CheckpointError(f"`{directory}` holds no DeepSpeed checkpoint `{TAG}`. Use an older one.")
         self.scheduler.num_steps = 0  # loading adds the checkpoint's steps
         self.scheduler.load_state_dict(found[1]["scheduler"])
+        take_settings(self.settings, self.deepspeed.optimizer, self.scheduler)
         if saved["data"] == grid.dp_size:
             restore_random_state(torch.load(directory / random_file(grid), weights_only=True))
 

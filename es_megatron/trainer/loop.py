@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,15 +12,17 @@ import numpy as np
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.core.metrics import LogEntry, RunTotals
 from es_megatron.core.plan import FORWARD_COST, TRAIN_COST, Layout, describe, nominal, predict
-from es_megatron.errors import DataError
+from es_megatron.errors import DataError, LossError
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scoring.arms import prunes
 from es_megatron.trainer.backend import Backend, Iteration
 from es_megatron.trainer.backends import build_backend, start, stop
 from es_megatron.trainer.checkpoints import RunCheckpoints
+from es_megatron.trainer.finished import finished_summary, told
 from es_megatron.trainer.journal import Journal
 from es_megatron.trainer.settings import PretrainSettings
+from es_megatron.trainer.signals import stopping
 
 
 class Trainer:
@@ -53,15 +52,27 @@ class Trainer:
         evaluations = self.checkpoints.restore(self.backend, self.totals)
         self.evaluations: list[dict[str, Any]] = evaluations or []
         self._stop = False
-        self._saved_at = -1 if evaluations is None else self.engine.iteration
+        self._resumed = evaluations is not None
+        self._saved_at = self.engine.iteration if self._resumed else -1
+        self._over_skipped = 0
 
     def run(self) -> dict[str, Any]:
-        """Train to the planned end, or to SIGTERM; returns the summary that `summary.json` holds."""
+        """Train to the planned end, or to a signal to stop; returns the summary that `summary.json` holds.
+
+        A run that is finished already is left as it is.
+        """
+        if (before := self._finished_before()) is not None:
+            return before
         iterations = self.engine.plan.schedule.iterations
         plan = describe(self.engine.plan, self.layout, self.settings.model.seq_length, calibrated=True)
         speaks, start = self.grid.world_rank == 0, self.engine.iteration
-        with Journal(self.settings, speaks, self.engine.plan, self.layout, start) as journal, self._sigterm():
+        with (
+            Journal(self.settings, speaks, self.engine.plan, self.layout, start) as journal,
+            stopping(self._ask_to_stop),
+        ):
             journal.say(plan)
+            if self.checkpoints.changes:
+                journal.say(f"changed since iteration {start}: {', '.join(self.checkpoints.changes)}")
             self._train(journal, iterations)
             finished = self.engine.done
             wanted = self.settings.run.save_interval is not None or not finished
@@ -97,6 +108,7 @@ class Trainer:
             self.totals.add(record, {"optimizer": iteration.updating, "step": elapsed}, succeeded=iteration.succeeded)
             sums.add(iteration, elapsed, record)
             journal.advance(record, iteration, elapsed)
+            self._count_skipped(iteration)
             self._save_on(journal)
             done = self.engine.iteration
             if done % training.log_interval == 0 or done == iterations:
@@ -111,16 +123,35 @@ class Trainer:
         """Whether world rank 0 was asked to end; launchers send the signal to all ranks."""
         return bool(self.grid.broadcast(np.asarray([self._stop], dtype=np.int64))[0])
 
-    @contextmanager
-    def _sigterm(self) -> Generator[None]:
-        def ask_to_stop(*_: object) -> None:
-            self._stop = True
+    def _ask_to_stop(self) -> None:
+        self._stop = True
 
-        before = signal.signal(signal.SIGTERM, ask_to_stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def _finished_before(self) -> dict[str, Any] | None:
+        """The summary of this run if it was finished before, on every rank; collective."""
+        if self._resumed and not self.engine.done:
+            return None
+        speaks = self.grid.world_rank == 0
+        found = finished_summary(self.settings, resumed=self._resumed) if speaks else None
+        if found is not None:
+            print(told(self.settings, found), flush=True)
+        return self.grid.gather_objects(found)[0]
+
+    def _count_skipped(self, iteration: Iteration) -> None:
+        """Stop a run that does not get on, on every rank, leaving the checkpoints that there are.
+
+        Raises:
+            LossError: more steps were skipped than `max_skipped` allows.
+        """
+        self._over_skipped = max(0, self._over_skipped + (-1 if iteration.succeeded else 1))
+        allowed, at = self.settings.training.max_skipped, self.engine.iteration
+        if allowed and self._over_skipped >= allowed:
+            saved = f"iteration {self._saved_at} is saved" if self._saved_at >= 0 else "nothing is saved"
+            raise LossError(
+                f"{self._over_skipped} more optimizer steps than were taken have been skipped up to iteration {at}: "
+                f"the norm of the gradients is not finite, last {iteration.norm} with a learning rate of "
+                f"{iteration.rate:g}. Stopped without saving ({saved}). Look at the losses of what was chosen "
+                "(`run.audit=true`), lower `training.lr`, or raise `training.max_skipped`."
+            )
 
     def _log(self, journal: Journal, sums: LogSums, rate: float) -> None:
         """Mean loss since the last line; collective."""

@@ -19,7 +19,14 @@ from es_megatron.frameworks.rate import scaled_rate
 from es_megatron.trainer.backend import Backend, Iteration
 from es_megatron.trainer.model import build_model, forward_step, settled_weights, transformer_config
 from es_megatron.trainer.model_state import load_model, save_model
-from es_megatron.trainer.optimizer import build_optimizer, build_scheduler, learning_rate, step, zero_gradients
+from es_megatron.trainer.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    learning_rate,
+    step,
+    take_settings,
+    zero_gradients,
+)
 from es_megatron.trainer.passes import SchedulePasses, calibrate, evaluate, reported_loss
 from es_megatron.trainer.settings import PretrainSettings
 
@@ -97,6 +104,7 @@ class MegatronBackend(Backend):
     @override
     def load(self, directory: Path) -> None:
         load_model(directory, self.chunks, self.optimizer, self.scheduler)
+        take_settings(self.settings, self.optimizer, self.scheduler)
 
     def _zero(self) -> None:
         zero_gradients(self.chunks, self.optimizer)

@@ -74,7 +74,23 @@ def build_scheduler(
         end_wd=training.weight_decay,
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,  # the settings of the run that goes on count, not the checkpoint's
+        override_opt_param_scheduler=True,
     )
+
+
+def take_settings(settings: PretrainSettings, optimizer: Any, scheduler: OptimizerParamScheduler) -> None:
+    """Give an optimizer that has been loaded what the run's settings say, for it comes with those of its checkpoint."""
+    training = settings.training
+    values = {
+        "max_lr": training.lr,
+        "min_lr": training.min_lr,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_eps,
+    }
+    for group in optimizer.param_groups:
+        group.update({name: value for name, value in values.items() if name in group})
+    scheduler.step(0)  # rate and weight decay of where the schedule stands
 
 
 def zero_gradients(chunks: Sequence[DistributedDataParallel], optimizer: ChainedOptimizer) -> None:

@@ -97,6 +97,10 @@ class TrainingSettings:
     precision: Annotated[Precision, Spec(also=("bf16", "dtype", "params_dtype", "fp16"))] = "fp32"
     """`fp32` or `bf16` (with fp32 master weights and gradients)."""
 
+    max_skipped: Annotated[int, Spec(">= 0", "optimizer steps")] = 10
+    """Optimizer steps skipped for gradients that are not finite before the run stops without saving, >= 0; each step
+    taken since makes up for one skipped. 0 never stops."""
+
     seed: Annotated[int, Spec(">= 0")] = 1234
     """Seed of dropout and of the libraries' generators, >= 0. Data order has the seed of Evolved Sampling."""
 
@@ -217,15 +221,16 @@ SETTINGS = "settings.yaml"
 
 def write_settings(settings: PretrainSettings, path: Path) -> None:
     """Write all settings of a run, with absolute paths, so that `load_settings` reads them back."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, EvolvedSamplingConfig):
-            return value.to_mapping()
-        if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return str(value.resolve()) if isinstance(value, Path) else value
-
     replace_file(path, yaml.safe_dump(plain(settings), sort_keys=False).encode())
+
+
+def plain(value: Any) -> Any:
+    """Settings as mappings, with absolute paths."""
+    if isinstance(value, EvolvedSamplingConfig):
+        return value.to_mapping()
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return str(value.resolve()) if isinstance(value, Path) else value
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PretrainSettings:
