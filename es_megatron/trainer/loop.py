@@ -189,8 +189,11 @@ class Trainer:
             journal.evaluated(self.engine.iteration, losses)
 
     def _save(self, journal: Journal) -> None:
-        """Save this iteration."""
+        """Save this iteration, unless the run is where it began: frameworks cannot load an optimizer without a step."""
         journal.saving()
+        if self.totals.skipped >= self.engine.iteration:
+            journal.say("nothing to save yet: no optimizer step was taken")
+            return
         told = self.checkpoints.save(self.backend, self.totals, self.evaluations)
         self._saved_at = self.engine.iteration
         if told:

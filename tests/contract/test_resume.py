@@ -194,18 +194,20 @@ def test_a_finished_run_saves_its_end_unless_told_never(interval: str, kept: int
 
 
 def test_terminated_before_the_first_iteration(start: Start, tmp_path: Path) -> None:
-    """A signal that comes before anything is trained still leaves a checkpoint that resumes."""
+    """A signal that comes before anything is trained leaves nothing that a second start would stumble over."""
+    blend = write_blend(tmp_path / "data")
+    settings = settings_of(blend, tmp_path / "run", f"training.train_samples={4 * META_BATCH}")
 
-    def run() -> int:
-        blend = write_blend(tmp_path / "data")
-        trainer = Trainer(settings_of(blend, tmp_path / "run"))
-        trainer._train = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    def run(stop: bool) -> tuple[bool, int]:
+        trainer = Trainer(settings)
+        if stop:
+            trainer._train = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
         summary = trainer.run()
-        assert not summary["finished"]
-        return summary["iterations"]
+        return summary["finished"], summary["iterations"]
 
-    assert run_on_ranks(1, run) == [0]
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "iter_0000000"
+    assert run_on_ranks(1, run, True) == [(False, 0)]
+    assert not list((tmp_path / "run").glob("checkpoints/iter_*"))
+    assert run_on_ranks(1, run, False) == [(True, 4)]
 
 
 @pytest.fixture(scope="module")
