@@ -93,7 +93,8 @@ demo: $(STAMP)
 	$(BIN)/es-megatron demo
 
 results-quick: $(STAMP)
-	$(BIN)/es-megatron compare benchmarks/quality/quick.yaml
+	$(BIN)/es-megatron compare benchmarks/quality/tuning.yaml --cases clean damaged --seeds 1 2 3 \
+	    --arms uniform plain history excess band static
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

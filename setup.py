@@ -58,7 +58,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["es_megatron", "es_megatron.*"]),
-    package_data={"es_megatron": ["py.typed"], "es_megatron.report": ["page.html.j2"]},
+    package_data={
+        "es_megatron": ["py.typed"],
+        "es_megatron.bench": ["page.html.j2"],
+        "es_megatron.report": ["page.html.j2"],
+        "es_megatron.forecast": ["expected.json"],
+    },
     cmdclass={"build_py": BuildWithShipped},
     install_requires=[
         "torch>=2.6",  # tested: 2.13.0

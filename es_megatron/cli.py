@@ -40,13 +40,13 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
         "plan": Command(
             "forecast.command",
             "run_plan",
-            ("--config configs/demo.yaml --world-size 2", "--config run.yaml training.passes=3 --json"),
+            ("--config configs/small.yaml --world-size 2", "--config run.yaml training.passes=3 --json"),
         ),
         "pretrain": Command(
             "trainer.command",
             "run_pretrain",
             (
-                "--config configs/demo.yaml data.blend=data/blend.yaml training.lr=3e-4",
+                "--config configs/small.yaml data.blend=data/blend.yaml training.lr=3e-4",
                 "--config run.yaml --print-config",
             ),
         ),
@@ -96,11 +96,11 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
         ),
     },
     "measuring": {
-        "demo": Command("bench.demo", "run_demo", ("", "--ranks 1 training.passes=1")),
+        "demo": Command("bench.demo", "run_demo", ("", "--seeds 1 2 --jobs 1")),
         "compare": Command(
             "bench.command",
             "run_compare",
-            ("benchmarks/quality/quick.yaml", "benchmarks/quality/quick.yaml --seeds 1 2 --table"),
+            ("benchmarks/quality/tuning.yaml", "benchmarks/quality/tuning.yaml --seeds 1 2 --table"),
         ),
     },
 }

@@ -10,40 +10,64 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from es_megatron.bench.spec import Spec, check, load_spec, nearest
+from es_megatron.bench.entries import nearest
+from es_megatron.bench.recipe import Sources
+from es_megatron.bench.spec import Spec, check, load_spec
 from es_megatron.errors import ConfigError
+
+DEFAULTS = {
+    "arms": None,
+    "cases": None,
+    "seeds": None,
+    "jobs": None,
+    "wikitext": None,
+    "corpora": None,
+    "results": None,
+    "table": False,
+}
+"""What a command that has no such option does."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     add = parser.add_argument
-    add("specs", type=Path, nargs="+", metavar="SPEC", help="YAML file, such as benchmarks/quality/quick.yaml")
+    add("specs", type=Path, nargs="+", metavar="SPEC", help="YAML file, such as benchmarks/quality/tuning.yaml")
     add("--directory", type=Path, default=Path("runs/compare"), help="of data and results (%(default)s)")
     add("--jobs", type=int, help="runs at a time, over the spec's")
     add("--arms", nargs="+", metavar="ARM", help="only these")
     add("--cases", nargs="+", metavar="CASE", help="only these")
     add("--seeds", type=int, nargs="+", metavar="SEED", help="paired seeds, over the spec's")
     add("--wikitext", type=Path, metavar="PATH", help="training file of WikiText-2 raw, for specs that read it")
+    add("--corpora", type=Path, metavar="DIR", help="folder of the files that specs name by {corpora}")
+    add("--results", type=Path, metavar="DIR", help="keep finished runs in a file of each spec here, and count them")
     add("--table", action="store_true", help="run nothing: show what the finished runs say")
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Run what is not finished yet and print the table of each spec; returns 1 if a run has failed."""
-    from es_megatron.bench.comparison import Comparison  # imports torch
+    failed = [path for path in arguments.specs if compare_spec(path, arguments)]
+    return int(bool(failed))
 
-    failed = False
-    for path in arguments.specs:
-        spec = narrow(load_spec(path), arguments)
-        directory: Path = arguments.directory / path.stem
-        directory.mkdir(parents=True, exist_ok=True)
-        with nullcontext() if arguments.table else alone(directory):
-            comparison = Comparison(spec, directory, arguments.directory / "data", arguments.wikitext)
-            if arguments.table:
-                comparison.find(failures=True)
-            else:
-                comparison.run()
-            failed = comparison.report() or failed
-    return int(failed)
+
+def compare_spec(path: Path, arguments: argparse.Namespace) -> bool:
+    """Run what is not finished of one spec, as the command line says, and report; returns whether a run has failed."""
+    from es_megatron.bench.comparison import Comparison  # imports torch
+    from es_megatron.bench.kept import KeptRuns
+
+    told = argparse.Namespace(**{**DEFAULTS, **vars(arguments)})
+    whole = load_spec(path)
+    spec = narrow(whole, told)
+    directory: Path = told.directory / path.stem
+    directory.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if told.table else alone(directory):
+        kept = None if told.results is None else KeptRuns(told.results / f"{path.stem}.json", whole)
+        sources = Sources(told.wikitext, told.corpora)
+        comparison = Comparison(spec, directory, told.directory / "data", sources, kept)
+        if told.table:
+            comparison.find(failures=True)
+        else:
+            comparison.run()
+        return comparison.report()
 
 
 def narrow(spec: Spec, arguments: argparse.Namespace) -> Spec:
@@ -56,6 +80,7 @@ def narrow(spec: Spec, arguments: argparse.Namespace) -> Spec:
     if arguments.arms:
         changes["arms"] = _pick(spec.arms, arguments.arms, "--arms")
         changes["references"] = tuple(name for name in spec.references if name in arguments.arms)
+        changes["rates_like"] = {arm: other for arm, other in spec.rates_like.items() if arm in arguments.arms}
         changes["equal_cost"] = tuple(name for name in spec.equal_cost if name in arguments.arms)
     if arguments.cases:
         changes["cases"] = _pick(spec.cases, arguments.cases, "--cases")

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,18 +37,28 @@ class Worker:
 
     def train(self, settings: Mapping[str, Any]) -> Answer:
         """Have a run trained."""
+        answer = self._ask({"train": settings})
+        if answer:
+            return Answer(**json.loads(answer))
+        process, self._process = self._started(), None
+        return Answer(f"the worker process ended with exit code {process.wait()}; {self._log} has what it printed")
+
+    def estimate(self, runs: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Seconds of each of several runs of one case; nan where they could not be told."""
+        answer = self._ask({"estimate": list(runs)})
+        return json.loads(answer)["seconds"] if answer else [math.nan] * len(runs)
+
+    def _ask(self, request: Mapping[str, Any]) -> str:
+        """One line of a worker that lives, nothing from one that has died."""
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
         answer = ""
         with suppress(OSError):  # a worker that has died answers nothing
-            process.stdin.write(json.dumps(settings) + "\n")
+            process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
-        if answer:
-            return Answer(**json.loads(answer))
-        self._process = None
-        return Answer(f"the worker process ended with exit code {process.wait()}; {self._log} has what it printed")
+        return answer
 
     def close(self) -> None:
         """End the process at once."""

@@ -38,8 +38,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         files.append(folder / f"{case.case}-loss.png")
         _losses(plt, results, case, arms, files[-1])
         if results.spec.references:
-            files.append(folder / f"{case.case}-domains.png")
-            _domains(plt, results, case, arms, files[-1])
+            files.append(folder / f"{case.case}-differences.png")
+            _forest(plt, results, case, arms, files[-1])
     return files
 
 
@@ -62,26 +62,39 @@ def _losses(pyplot: Any, results: Results, case: CaseResult, arms: list[ArmResul
     _save(pyplot, figure, file)
 
 
-def _domains(pyplot: Any, results: Results, case: CaseResult, arms: list[ArmResult], file: Path) -> None:
-    """Difference of every arm to the first reference, by domain, with 95% intervals."""
-    reference = results.spec.references[0]
-    others = [arm for arm in arms if reference in arm.domains_against]
-    names = list(dict.fromkeys(name for arm in others for name in arm.domains_against[reference]))
-    figure, axis = pyplot.subplots(figsize=(max(6.0, 0.9 * len(others) + 2), 4.5))
-    for number, name in enumerate(names):
-        found = [arm.domains_against[reference].get(name) for arm in others]
-        places = [at + 0.8 * (number + 0.5) / len(names) - 0.4 for at in range(len(others))]
-        shown = [(place, one) for place, one in zip(places, found, strict=True) if one is not None and one.seeds]
-        halves = [one.high - one.mean if math.isfinite(one.high) else 0.0 for _, one in shown]
-        means = [one.mean for _, one in shown]
-        axis.errorbar([place for place, _ in shown], means, halves, fmt="o", capsize=3, markersize=4, label=name)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(others)), [arm.arm for arm in others], rotation=30, ha="right")
-    axis.set_ylabel(f"loss - loss of {reference}, nats per token")
-    axis.set_title(f"{results.spec.path.stem}, {case.case}: paired difference by domain, 95%", fontsize=10)
-    axis.grid(alpha=0.3, axis="y")
-    if names:
-        axis.legend(fontsize=8)
+def _forest(pyplot: Any, results: Results, case: CaseResult, arms: list[ArmResult], file: Path) -> None:
+    """Paired differences to every reference, a panel each: the mean over the domains, and each domain beside it."""
+    references = results.spec.references
+    domains = list(dict.fromkeys(name for arm in arms for name in arm.domains))
+    height = 1.6 + len(arms) * (0.25 + 0.1 * len(domains))
+    figure, axes = pyplot.subplots(1, len(references), figsize=(4.2 * len(references) + 1.5, height), squeeze=False)
+    for axis, reference in zip(axes[0], references, strict=True):
+        for place, arm in enumerate(arms):
+            if reference not in arm.against:
+                continue
+            found = [arm.against[reference], *(arm.domains_against[reference].get(name) for name in domains)]
+            for number, one in enumerate(found):
+                if one is None or not one.seeds:
+                    continue
+                half = one.high - one.mean if math.isfinite(one.high) else 0.0
+                mean = number == 0
+                at = place + 0.7 * number / max(1, len(found))
+                axis.errorbar(
+                    one.mean, at, xerr=half, fmt="s" if mean else "o", capsize=3 if mean else 2,
+                    color="black" if mean else f"C{number - 1}", markersize=5 if mean else 3,
+                )  # fmt: skip
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_yticks(range(len(arms)), [arm.arm for arm in arms])
+        axis.invert_yaxis()
+        axis.set_xlabel(f"loss - loss of {reference}, nats per token")
+        axis.grid(alpha=0.3, axis="x")
+    handles = [pyplot.Line2D([], [], color="black", marker="s", linestyle="", label="mean over the domains")]
+    handles += [
+        pyplot.Line2D([], [], color=f"C{number}", marker="o", markersize=4, linestyle="", label=name)
+        for number, name in enumerate(domains)
+    ]
+    axes[0][-1].legend(handles=handles, fontsize=7, loc="best")
+    figure.suptitle(f"{results.spec.path.stem}, {case.case}: paired differences over seeds, 95%", fontsize=10)
     _save(pyplot, figure, file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -146,6 +147,28 @@ class Recipe:
             raise ConfigError("`evaluated` must be left out without `split_by`, whose values it names.")
 
 
+CORPORA = "{corpora}"
+"""In a component's path: the folder that the command line names by `--corpora`."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where texts stand that a spec does not bring, as the command line says."""
+
+    wikitext: Path | None = None
+    """The training file of WikiText-2 raw."""
+
+    corpora: Path | None = None
+    """Folder of the files that paths with `{corpora}` name."""
+
+    def resolve(self, recipe: Recipe) -> Recipe:
+        """A recipe whose paths are complete; `ConfigError` if the folder is not given."""
+        if self.corpora is None and any(CORPORA in argument for argument in recipe.components):
+            raise ConfigError(f"`--corpora DIR` must be given: the paths of {recipe.components} begin with it.")
+        found = tuple(argument.replace(CORPORA, str(self.corpora)) for argument in recipe.components)
+        return dataclasses.replace(recipe, components=found)
+
+
 def identity(recipe: Recipe, wikitext: Path | None) -> dict[str, Any]:
     """What tells one blend from another, JSON-able: the recipe and the content of the files it reads.
 
@@ -159,6 +182,8 @@ def identity(recipe: Recipe, wikitext: Path | None) -> dict[str, Any]:
         files = [wikitext_file(wikitext)]
     for argument in recipe.components:
         files.extend(find_corpus(*_one(argument)).files)
+    # not where the files stand
+    told["components"] = [f"{name}={Path(path).name}" for name, path in map(parse_component, recipe.components)]
     told["files"] = [[path.name, content_of(path)] for path in files if path.is_file()]
     if recipe.demo:
         told["python"] = platform.python_version()  # one of its components is the standard library

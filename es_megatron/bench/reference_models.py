@@ -33,6 +33,8 @@ class ReferencePrice:
     """Of training it and of scoring the blend with it once."""
     seconds: float
     """Of its training iterations, as measured."""
+    rows: int
+    """Of the blend."""
 
 
 def make_reference(name: str, model: ReferenceModel, blend: CaseBlend, seq_length: int) -> Path:
@@ -94,7 +96,7 @@ def _price(folder: Path, seq_length: int) -> ReferencePrice:
     manifest = json.loads((folder / "losses" / "manifest.json").read_text(encoding="utf-8"))
     rows, forward = int(manifest["samples"]), forward_flops(settings.model, vocabulary_of(settings.data.blend))
     flops = forward * (3 * int(summary["sequences_trained"]) + rows)
-    return ReferencePrice(flops, float(summary["seconds"]["step"]))
+    return ReferencePrice(flops, float(summary["seconds"]["step"]), rows)
 
 
 def vocabulary_of(blend: Path) -> int:

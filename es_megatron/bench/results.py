@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from es_megatron.bench.runs import Outcomes, Task, best_rate, searched
+from es_megatron.bench.rates import Point
+from es_megatron.bench.runs import Outcomes, best_point, paired_tasks, search_losses, searched
 from es_megatron.bench.spec import Spec
 from es_megatron.bench.statistics import PairedDifference, paired, spread
 from es_megatron.scoring import PLAIN
@@ -44,10 +45,12 @@ class ArmResult:
     arm: str
     rate: float | None
     """Learning rate of the paired runs; None while it is searched for."""
+    decay: float | None
+    """Weight decay of the paired runs; None: that of the settings."""
     edge: str
-    """`lowest` or `highest` where the best rate is at that end of the grid, else nothing."""
-    search: Mapping[float, float]
-    """Mean validation loss by rate."""
+    """What of the best point is at an end of the grid, such as `lowest rate`, else nothing."""
+    search: Mapping[Point, float]
+    """Mean validation loss by learning rate and weight decay."""
     losses: Mapping[int, float]
     """Mean validation loss over the domains by seed, nats per token."""
     domains: Mapping[str, Mapping[int, float]]
@@ -122,7 +125,7 @@ def conclude(spec: Spec, outcomes: Outcomes, charges: Mapping[tuple[str, str], f
     Args:
         spec: of the comparison.
         outcomes: of the runs that have ended.
-        charges: cost of a reference by case and arm, in forward passes of the run over a sequence.
+        charges: cost of a reference by case and arm, as a share of the plain run's cost.
     """
     measured = [units_of(outcome.summary["layout"]) for outcome in outcomes.values() if outcome.summary]
     backward, scoring = zip(*(measured or [NOMINAL]), strict=True)
@@ -150,11 +153,6 @@ def cost_share(summary: Mapping[str, Any], units: Units) -> float:
     return total / (float(summary["plain_iterations"]) * float(summary["meta_batch"]) * trained)
 
 
-def plain_forwards(summary: Mapping[str, Any]) -> float:
-    """What the plain run costs nominally, in forward passes over a sequence, given a run's summary."""
-    return float(summary["plain_iterations"]) * float(summary["meta_batch"]) * (1.0 + NOMINAL.backward)
-
-
 def _case(
     spec: Spec, outcomes: Outcomes, case: str, units: Units, charges: Mapping[tuple[str, str], float]
 ) -> CaseResult:
@@ -179,24 +177,25 @@ def _case(
 
 def _arm(spec: Spec, outcomes: Outcomes, case: str, arm: str, units: Units, charge: float) -> ArmResult:
     """What an arm's own runs say."""
-    rate = best_rate(spec, outcomes, case, arm)
-    tasks = [Task(case, arm, rate, seed) for seed in spec.seeds] if rate is not None else []
+    point = best_point(spec, outcomes, case, arm)
+    tasks, search = paired_tasks(spec, outcomes, case, arm), searched(spec, outcomes, case, arm)
     done = {task.seed: outcomes[task].summary for task in tasks if task in outcomes and outcomes[task].summary}
     losses = {seed: float(summary["validation"]["mean"]) for seed, summary in done.items()}
     names = [name for summary in [*done.values()][:1] for name in summary["validation"]]
     domains = [name for name in names if name not in ("iteration", "mean")]
-    every = [*searched(spec, case, arm), *tasks]
+    every = [*search, *tasks]
     return ArmResult(
         arm=arm,
-        rate=rate,
-        edge=_edge(spec, rate),
-        search=_search(spec, outcomes, case, arm),
+        rate=None if point is None else point.rate,
+        decay=None if point is None else point.decay,
+        edge=_edge(spec, point),
+        search=search_losses(outcomes, search),
         losses=losses,
         domains={name: {seed: float(one["validation"][name]) for seed, one in done.items()} for name in domains},
         passes=_mean([middles.fmean(summary["passes"].values()) for summary in done.values()]),
         cost=_mean([cost_share(summary, units) for summary in done.values()]),
         nominal_cost=_mean([cost_share(summary, NOMINAL) for summary in done.values()]),
-        reference=_mean([charge / plain_forwards(summary) for summary in done.values()]),
+        reference=charge,
         off={},
         seconds=_mean([float(summary["seconds"]["step"]) for summary in done.values()]),
         trained=_mean([float(summary["tokens_trained"]) for summary in done.values()]),
@@ -208,18 +207,14 @@ def _arm(spec: Spec, outcomes: Outcomes, case: str, arm: str, units: Units, char
     )
 
 
-def _edge(spec: Spec, rate: float | None) -> str:
-    if rate is None or not spec.searches:
+def _edge(spec: Spec, point: Point | None) -> str:
+    if point is None or not spec.searches:
         return ""
-    return {spec.learning_rates[0]: "lowest", spec.learning_rates[-1]: "highest"}.get(rate, "")
-
-
-def _search(spec: Spec, outcomes: Outcomes, case: str, arm: str) -> dict[float, float]:
-    found: dict[float, list[float]] = {}
-    for task in searched(spec, case, arm):
-        if task in outcomes:
-            found.setdefault(task.rate, []).append(outcomes[task].loss)
-    return {rate: _mean(losses) for rate, losses in found.items()}
+    rates, decays = spec.learning_rates, sorted(spec.weight_decays)
+    found = [f"{which} rate" for which, end in (("lowest", 0), ("highest", -1)) if point.rate == rates[end]]
+    if len(decays) > 1:
+        found += [f"{which} decay" for which, end in (("lowest", 0), ("highest", -1)) if point.decay == decays[end]]
+    return " and ".join(found) if len(rates) > 1 else ""
 
 
 def _off(yardstick: ArmResult, result: ArmResult) -> dict[str, float]:

@@ -8,14 +8,16 @@ import importlib.metadata
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import yaml
 
-from es_megatron.bench.spec import Overrides, Spec, mapping
+from es_megatron.bench.entries import mapping
+from es_megatron.bench.rates import Point
+from es_megatron.bench.spec import Overrides, Spec
 from es_megatron.checkpoint.es_state import read_manifest
 from es_megatron.checkpoint.reference_losses import fingerprint_of
 from es_megatron.checkpoint.transfer import find_scores
@@ -33,15 +35,23 @@ class Task(NamedTuple):
     rate: float
     """Highest learning rate."""
     seed: int
+    decay: float | None = None
+    """Weight decay; None: that of the settings."""
+
+    @property
+    def point(self) -> Point:
+        """Learning rate and weight decay."""
+        return Point(self.rate, self.decay)
 
     @property
     def folder(self) -> Path:
         """Where it stands inside the folder of the comparison."""
-        return Path("runs", self.case, self.arm, f"lr{self.rate:g}-seed{self.seed}")
+        decay = "" if self.decay is None else f"-wd{self.decay:g}"
+        return Path("runs", self.case, self.arm, f"lr{self.rate:g}{decay}-seed{self.seed}")
 
     def __str__(self) -> str:
         """For people."""
-        return f"{self.case} {self.arm} lr {self.rate:g} seed {self.seed}"
+        return f"{self.case} {self.arm} {self.point} seed {self.seed}"
 
 
 class Outcome(NamedTuple):
@@ -60,6 +70,8 @@ class Outcome(NamedTuple):
 
 Outcomes = Mapping[Task, Outcome]
 
+BUDGET_DIGITS = 4
+
 
 @dataclass(frozen=True)
 class CaseBlend:
@@ -69,6 +81,8 @@ class CaseBlend:
     identity: Mapping[str, Any]
     references: Mapping[str, Path] = field(default_factory=dict[str, Path])
     """Losses of the spec's reference models for this blend, by name."""
+    shares: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What training each of them and scoring the blend with it cost, as a share of the plain run's cost."""
 
 
 def settings_of(spec: Spec, task: Task, blend: CaseBlend, folder: Path) -> dict[str, Any]:
@@ -84,6 +98,7 @@ def settings_of(spec: Spec, task: Task, blend: CaseBlend, folder: Path) -> dict[
         "data.blend": str(blend.file),
         "training.lr": task.rate,
         "training.min_lr": spec.final_rate * task.rate,
+        **({} if task.decay is None else {"training.weight_decay": task.decay}),
         "training.seed": task.seed,
         "model.init_seed": task.seed,
         "evolved_sampling.seed": task.seed,
@@ -96,6 +111,15 @@ def settings_of(spec: Spec, task: Task, blend: CaseBlend, folder: Path) -> dict[
     reference = reference_of(made)
     if reference in blend.references:
         made["evolved_sampling"]["reference"]["folder"] = str(blend.references[reference])
+        selection = made["evolved_sampling"].get("selection") or {}
+        if spec.reference_runs and selection.get("budget") is not None:
+            left = float(selection["budget"]) - blend.shares[reference] / spec.reference_runs
+            if left <= 0:
+                raise ConfigError(
+                    f"{spec.path}: arm {task.arm}: reference `{reference}` costs more than the budget leaves. Give it "
+                    "fewer passes, or `reference_runs` more."
+                )
+            selection["budget"] = round(left, BUDGET_DIGITS)
     build(PretrainSettings, made, f"{spec.path}: arm {task.arm}")
     return made
 
@@ -136,7 +160,10 @@ def identity_of(settings: Mapping[str, Any], blend: CaseBlend) -> dict[str, Any]
     if scores is not None:
         told["evolved_sampling"]["scores"]["initial"] = scores_identity(Path(scores))
     reference = told["evolved_sampling"]["reference"]["folder"]
-    if reference is not None and Path(reference).is_dir():
+    made_here = {str(path): path.parent.name.rpartition("-")[2] for path in blend.references.values()}
+    if reference in made_here:  # a folder of `make_reference` ends in the digest of all that it was made from
+        told["evolved_sampling"]["reference"]["folder"] = made_here[reference]
+    elif reference is not None and Path(reference).is_dir():
         told["evolved_sampling"]["reference"]["folder"] = fingerprint_of(read_manifest(find_scores(Path(reference))))
     versions = {name: importlib.metadata.version(name) for name in ("es_megatron", "torch", "megatron-core")}
     return json.loads(json.dumps({"settings": told, "blend": blend.identity, "versions": versions}, default=str))
@@ -152,11 +179,17 @@ def scores_identity(path: Path) -> dict[str, Any]:
     }
 
 
+def first_task(spec: Spec, case: str, arm: str) -> Task:
+    """Any run of an arm, for what all of its runs have in common."""
+    rate, decay = spec.given(case, arm) or Point(spec.learning_rates[0], spec.decays[0])
+    return Task(case, arm, rate, [*spec.seeds, *spec.search_seeds][0], decay)
+
+
 def check_arms(spec: Spec, blends: Mapping[str, CaseBlend]) -> None:
     """Refuse arms whose settings or files cannot be, before anything runs; `ConfigError` names the arm."""
     for case in spec.cases:
         for arm in spec.arms:
-            task = Task(case, arm, spec.learning_rates[0], spec.seeds[0])
+            task = first_task(spec, case, arm)
             try:
                 settings = settings_of(spec, task, blends[case], Path())
                 made = build(PretrainSettings, settings, f"arm {arm}")
@@ -193,25 +226,46 @@ def read_outcome(folder: Path, identity: Mapping[str, Any]) -> Outcome | None:
     return Outcome(summary) if summary["finished"] else None
 
 
-def searched(spec: Spec, case: str, arm: str) -> list[Task]:
-    """The runs among which the learning rate of an arm is chosen."""
+def searched(spec: Spec, outcomes: Outcomes, case: str, arm: str) -> list[Task]:
+    """The runs among which learning rate and weight decay are chosen, as far as they are known.
+
+    All rates with the first weight decay, then the other decays with the best rate.
+    """
     if not spec.searches:
         return []
-    return [Task(case, arm, rate, seed) for rate in spec.learning_rates for seed in spec.search_seeds]
+    found = [Task(case, arm, rate, seed, spec.decays[0]) for rate in spec.learning_rates for seed in spec.search_seeds]
+    best = _best(outcomes, found)
+    if best is not None:
+        found += [Task(case, arm, best.rate, seed, decay) for decay in spec.decays[1:] for seed in spec.search_seeds]
+    return found
 
 
-def best_rate(spec: Spec, outcomes: Outcomes, case: str, arm: str) -> float | None:
-    """The rate of the best mean loss over the search seeds; None while it is open, or if every rate has failed."""
-    if not spec.searches:
-        return spec.learning_rates[0]
-    if any(task not in outcomes for task in searched(spec, case, arm)):
+def best_point(spec: Spec, outcomes: Outcomes, case: str, arm: str) -> Point | None:
+    """The best mean loss over the search seeds; None while it is open, or if every point has failed."""
+    return spec.given(case, arm) or _best(outcomes, searched(spec, outcomes, case, arm))
+
+
+def search_losses(outcomes: Outcomes, tasks: Sequence[Task]) -> dict[Point, float]:
+    """Mean loss by point, of those tasks that have ended."""
+    found: dict[Point, list[float]] = {}
+    for task in tasks:
+        if task in outcomes:
+            found.setdefault(task.point, []).append(outcomes[task].loss)
+    return {point: math.fsum(losses) / len(losses) for point, losses in found.items()}
+
+
+def _best(outcomes: Outcomes, tasks: Sequence[Task]) -> Point | None:
+    if any(task not in outcomes for task in tasks):
         return None
-    means = {
-        rate: math.fsum(outcomes[Task(case, arm, rate, seed)].loss for seed in spec.search_seeds)
-        for rate in spec.learning_rates
-    }
-    best = min(means, key=lambda rate: means[rate])
+    means = search_losses(outcomes, tasks)
+    best = min(means, key=lambda point: means[point])
     return best if math.isfinite(means[best]) else None
+
+
+def paired_tasks(spec: Spec, outcomes: Outcomes, case: str, arm: str) -> list[Task]:
+    """The runs of an arm over the paired seeds; empty while its point is open."""
+    point = best_point(spec, outcomes, case, arm)
+    return [] if point is None else [Task(case, arm, point.rate, seed, point.decay) for seed in spec.seeds]
 
 
 def open_tasks(spec: Spec, outcomes: Outcomes) -> list[Task]:
@@ -219,10 +273,7 @@ def open_tasks(spec: Spec, outcomes: Outcomes) -> list[Task]:
     found: list[Task] = []
     for case in spec.cases:
         for arm in spec.arms:
-            tasks = searched(spec, case, arm)
-            rate = best_rate(spec, outcomes, case, arm)
-            if rate is not None:
-                tasks = [Task(case, arm, rate, seed) for seed in spec.seeds]
+            tasks = paired_tasks(spec, outcomes, case, arm) or searched(spec, outcomes, case, arm)
             found.extend(task for task in tasks if task not in outcomes)
     return found
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
 
+from es_megatron.bench.entries import check_keys, integers, mapping, nearest, numbers
+from es_megatron.bench.rates import Point, read_rates
 from es_megatron.bench.recipe import Recipe
 from es_megatron.config import build, require, require_choice
 from es_megatron.config.names import grouped, override_path
@@ -26,13 +26,20 @@ KEYS = (
     "arms",
     "references",
     "reference_models",
+    "reference_runs",
     "equal_cost",
     "seeds",
     "search_seeds",
     "learning_rates",
+    "weight_decays",
+    "rates",
+    "rates_like",
     "final_rate",
     "jobs",
 )
+MERGED = ("blends", "arms", "reference_models")
+"""Mappings to which a spec adds entries of its own where it extends another."""
+
 OWN = (
     "training.lr",
     "training.min_lr",
@@ -43,6 +50,8 @@ OWN = (
     "run",
 )
 """Settings that a comparison makes itself, for every arm alike."""
+
+DECAY = "training.weight_decay"
 
 SHARED = ("model", "data", "training.passes", "training.train_samples", "training.global_batch_size")
 """Settings that decide what the plain run costs, so that no arm may have its own."""
@@ -57,6 +66,9 @@ class Case:
 
     overrides: Overrides
     """Settings over the base run, for all arms."""
+
+    like: str | None = None
+    """Case of the file `rates` whose learning rates and weight decays the arms take here."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,10 @@ class Spec:
     reference_models: Mapping[str, ReferenceModel]
     """By name."""
 
+    reference_runs: int
+    """Runs that share a reference: the budget of an arm with one is what its share of the price leaves; 0: the price is
+    told, and not taken off."""
+
     references: tuple[str, ...]
     """Arms that the others are compared with. One of them may be `plain`, which `lossless` refers to."""
 
@@ -109,7 +125,16 @@ class Spec:
     """Seeds of the search for a learning rate, apart from the paired ones."""
 
     learning_rates: tuple[float, ...]
-    """Highest learning rates tried for every arm, ascending; one rate needs no search."""
+    """Highest learning rates tried for every arm, ascending, with the first weight decay."""
+
+    weight_decays: tuple[float, ...]
+    """Weight decays tried for every arm, the others with its best learning rate; empty: that of the settings."""
+
+    rates: Mapping[str, Mapping[str, Point]]
+    """What an earlier search has found, by its case and arm; then nothing is searched."""
+
+    rates_like: Mapping[str, str]
+    """Arm of the search whose point an arm takes, where it is not its own."""
 
     final_rate: float
     """Learning rate at a run's end as a share of the highest, in [0, 1]."""
@@ -118,30 +143,54 @@ class Spec:
     """Runs at a time."""
 
     @property
+    def decays(self) -> tuple[float | None, ...]:
+        """Weight decays tried; None is that of the settings."""
+        return self.weight_decays or (None,)
+
+    @property
     def searches(self) -> bool:
-        """Whether learning rates are searched for."""
-        return len(self.learning_rates) > 1
+        """Whether learning rates and weight decays are searched for."""
+        return not self.rates and len(self.learning_rates) + len(self.decays) > 2
 
     @property
     def runs(self) -> int:
         """Runs of the whole comparison."""
-        search = len(self.learning_rates) * len(self.search_seeds) if self.searches else 0
+        tried = len(self.learning_rates) + len(self.decays) - 1
+        search = tried * len(self.search_seeds) if self.searches else 0
         return len(self.cases) * len(self.arms) * (search + len(self.seeds))
+
+    def given(self, case: str, arm: str) -> Point | None:
+        """What an arm runs with in a case where nothing is searched; None where it is."""
+        if self.searches:
+            return None
+        if not self.rates:
+            return Point(self.learning_rates[0], self.decays[0])
+        return self.rates[self.cases[case].like or case][self.rates_like.get(arm, arm)]
 
 
 def load_spec(path: Path) -> Spec:
-    """Read a spec.
+    """Read a spec, over the one that it `extends`: entries of mappings are added to its, anything else is replaced.
 
     Raises:
         ConfigError: no such file, not YAML, or a key is unknown, missing, of another type or out of range.
     """
+    return read_spec(_load(path, ()), path)
+
+
+def _load(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
+    if path in before:
+        raise ConfigError(f"Spec `{path}` extends itself. Remove its `extends`.")
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = mapping(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except OSError as error:
         raise ConfigError(f"Spec `{path}` cannot be read: {error.strerror}. Check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"Spec `{path}` must be YAML, but is not: {error}") from error
-    return read_spec(content, path)
+    if "extends" not in content:
+        return content
+    extended = _load(path.parent / str(content.pop("extends")), (*before, path))
+    both = {key: {**extended[key], **content[key]} for key in MERGED if key in extended and key in content}
+    return {**extended, **content, **both}
 
 
 def read_spec(content: Any, path: Path) -> Spec:
@@ -163,13 +212,19 @@ def read_spec(content: Any, path: Path) -> Spec:
         cases=cases,
         arms=arms,
         reference_models=models,
+        reference_runs=integers([content.get("reference_runs", 0)], f"{path}: reference_runs")[0],
         references=_names(content.get("references", ()), arms, f"{path}: references"),
         equal_cost=_names(content.get("equal_cost", ()), arms, f"{path}: equal_cost"),
-        seeds=_integers(content.get("seeds", []), f"{path}: seeds"),
-        search_seeds=_integers(content.get("search_seeds", []), f"{path}: search_seeds"),
-        learning_rates=tuple(sorted(_numbers(content.get("learning_rates", []), f"{path}: learning_rates"))),
-        final_rate=_numbers([content.get("final_rate", 0.0)], f"{path}: final_rate")[0],
-        jobs=_integers([content.get("jobs", 1)], f"{path}: jobs")[0],
+        seeds=integers(content.get("seeds", []), f"{path}: seeds"),
+        search_seeds=integers(content.get("search_seeds", []), f"{path}: search_seeds"),
+        learning_rates=tuple(sorted(numbers(content.get("learning_rates", []), f"{path}: learning_rates"))),
+        weight_decays=numbers(content.get("weight_decays", []), f"{path}: weight_decays"),
+        rates=read_rates(path.parent / str(content["rates"])) if "rates" in content else {},
+        rates_like={
+            arm: str(other) for arm, other in mapping(content.get("rates_like"), f"{path}: rates_like").items()
+        },
+        final_rate=numbers([content.get("final_rate", 0.0)], f"{path}: final_rate")[0],
+        jobs=integers([content.get("jobs", 1)], f"{path}: jobs")[0],
     )
     check(spec)
     return spec
@@ -178,14 +233,25 @@ def read_spec(content: Any, path: Path) -> Spec:
 def check(spec: Spec) -> None:
     """Check what goes together; raises `ConfigError`."""
     where = spec.path
-    for name in ("blends", "cases", "arms", "seeds", "learning_rates"):
+    needed = ("blends", "cases", "arms", *(() if spec.searches else ("seeds",)))
+    for name in (*needed, *(() if spec.rates else ("learning_rates",))):
         require(len(getattr(spec, name)) > 0, f"{where}: {name}", "given with at least one entry", getattr(spec, name))
-    require(min(spec.seeds) >= 0, f"{where}: seeds", ">= 0", spec.seeds)
-    require(spec.learning_rates[0] > 0, f"{where}: learning_rates", "above 0", spec.learning_rates)
+    require(min(spec.seeds, default=0) >= 0, f"{where}: seeds", ">= 0", spec.seeds)
+    require(min(spec.learning_rates, default=1) > 0, f"{where}: learning_rates", "above 0", spec.learning_rates)
+    require(min(spec.weight_decays, default=0) >= 0, f"{where}: weight_decays", ">= 0", spec.weight_decays)
+    _check_rates(spec)
     require(0 <= spec.final_rate <= 1, f"{where}: final_rate", "in [0, 1]", spec.final_rate)
+    require(spec.reference_runs >= 0, f"{where}: reference_runs", ">= 0", spec.reference_runs)
     require(spec.jobs >= 1, f"{where}: jobs", ">= 1", spec.jobs)
+    for arm, overrides in spec.arms.items():
+        if DECAY in overrides and (spec.weight_decays or spec.rates):
+            raise ConfigError(
+                f"`{DECAY}` must be left out of `{where}: arms.{arm}`: `weight_decays` or `rates` say what it is."
+            )
     if spec.searches and not spec.search_seeds:
-        raise ConfigError(f"`{where}: search_seeds` must be given with several `learning_rates`: add one seed.")
+        raise ConfigError(
+            f"`{where}: search_seeds` must be given with several `learning_rates` or `weight_decays`: add one seed."
+        )
     both = sorted({*spec.seeds} & {*spec.search_seeds})
     if both:
         raise ConfigError(
@@ -194,26 +260,32 @@ def check(spec: Spec) -> None:
         )
 
 
-def mapping(value: Any, where: str) -> dict[str, Any]:
-    """Take a mapping, None for an empty one; `ConfigError` if it is something else."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"`{where}` must be a mapping, but is {value!r} instead.")
-    return {str(key): entry for key, entry in cast(dict[Any, Any], value).items()}
-
-
-def check_keys(content: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuse an unknown key, naming the nearest one."""
-    for key in content:
-        if key not in known:
-            raise ConfigError(f"Unknown key `{key}` in `{where}`. {nearest(key, known)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(known)}."
+def _check_rates(spec: Spec) -> None:
+    """Every arm of every case has a point in the file of an earlier search, where one is given."""
+    where = spec.path
+    for arm, other in spec.rates_like.items():
+        if arm not in spec.arms or not spec.rates:
+            raise ConfigError(
+                f"`{where}: rates_like` must name arms of this spec and go with `rates`, but has {arm!r}."
+            )
+        if all(other not in arms for arms in spec.rates.values()):
+            raise ConfigError(f"`{where}: rates_like.{arm}` must name an arm of the search, but is {other!r}.")
+    if not spec.rates:
+        return
+    if spec.learning_rates or spec.weight_decays or spec.search_seeds:
+        raise ConfigError(
+            f"`{where}: rates` takes the place of a search: leave the rates, decays and search seeds out."
+        )
+    for name, case in spec.cases.items():
+        like = case.like or name
+        if like not in spec.rates:
+            raise ConfigError(f"`{where}: cases.{name}.like` must name a case of `rates`. {nearest(like, spec.rates)}")
+        for arm in spec.arms:
+            if spec.rates_like.get(arm, arm) not in spec.rates[like]:
+                raise ConfigError(
+                    f"`{where}: rates` has nothing for arm {arm!r} in case {like!r}: name an arm to take them from in "
+                    "`rates_like`, or search it, too."
+                )
 
 
 def _part(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
@@ -232,13 +304,14 @@ def _reference_model(entry: Any, where: str) -> ReferenceModel:
 
 def _case(entry: Any, blends: Mapping[str, Recipe], where: str) -> Case:
     content = mapping(entry, where)
-    check_keys(content, ("blend", "overrides"), where)
+    check_keys(content, ("blend", "overrides", "like"), where)
     blend = str(content.get("blend", next(iter(blends), "")))
     if blend not in blends:
         raise ConfigError(
             f"`{where}: blend` must name a blend of this spec, but is {blend!r}. {nearest(blend, blends)}"
         )
-    return Case(blend, _overrides(content.get("overrides"), f"{where}: overrides"))
+    like = content.get("like")
+    return Case(blend, _overrides(content.get("overrides"), f"{where}: overrides"), None if like is None else str(like))
 
 
 def _overrides(entry: Any, where: str) -> Overrides:
@@ -292,23 +365,3 @@ def _names(value: Any, arms: Mapping[str, Overrides], where: str) -> tuple[str, 
         if name not in arms:
             raise ConfigError(f"`{where}` must name arms of this spec, but has {name!r}. {nearest(name, arms)}")
     return names
-
-
-def _integers(value: Any, where: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in _numbers(value, where, "whole numbers", whole=True))
-
-
-def _numbers(value: Any, where: str, what: str = "numbers", *, whole: bool = False) -> tuple[float, ...]:
-    """Numbers of a list, each once; YAML reads 1e-3 as a string."""
-    if not isinstance(value, list):
-        raise ConfigError(f"`{where}` must be a list of {what}, but is {value!r} instead.")
-    numbers: list[float] = []
-    for item in cast(list[Any], value):
-        try:
-            number = math.nan if isinstance(item, bool) else float(item)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number) or (whole and number != int(number)):
-            raise ConfigError(f"`{where}` must be a list of {what}, but has {item!r}.")
-        numbers.append(number)
-    return tuple(dict.fromkeys(numbers))

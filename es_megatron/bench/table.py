@@ -37,6 +37,10 @@ def sections(results: Results) -> list[Section]:
     """What there is to show: of every case losses, domains, and what was chosen where it says something."""
     found: list[Section] = []
     for case in results.cases:
+        if results.spec.searches:
+            found.append(_search(case))
+        if not results.spec.seeds:
+            continue
         found.append(_losses(results, case))
         found.append(_domains(results, case))
         if any(len(arm.chosen) > 1 for arm in case.arms.values()):
@@ -47,22 +51,42 @@ def sections(results: Results) -> list[Section]:
 def _losses(results: Results, case: CaseResult) -> Section:
     spec = results.spec
     charged = any(arm.reference > 0 for arm in case.arms.values())
-    head = ["arm", "lr", "cost", "nominal", *(["reference", "of ten runs"] if charged else [])]
+    decayed = any(arm.decay is not None for arm in case.arms.values())
+    head = [
+        "arm",
+        "lr",
+        *(["decay"] if decayed else []),
+        "cost",
+        "nominal",
+        *(["reference", "of ten runs"] if charged else []),
+    ]
     head += ["seconds", "passes", "M trained", "loss", "over seeds"]
     head += [f"against {name}" for name in spec.references]
     lossless = PLAIN in spec.references
     rows = [[*head, *(["bound to plain"] if lossless else [])]]
     for arm in case.arms.values():
         rate = "-" if arm.rate is None else f"{arm.rate:g}" + ("*" if arm.edge else "")
-        cells = [arm.arm, rate, _share(arm.cost) + ("!" if arm.off else ""), _share(arm.nominal_cost)]
-        cells += [_share(arm.reference), _share(arm.reference / 10)] if charged else []
-        cells += [_number(arm.seconds, ".1f"), _number(arm.passes, ".2f"), _number(MEGA * arm.trained, ".2f")]
-        cells += [_number(arm.loss, ".4f"), "± " + _number(arm.spread, ".4f")]
-        cells += [_difference(arm.against[name]) if name in arm.against else "" for name in spec.references]
+        decay = ["-" if arm.decay is None else f"{arm.decay:g}"] if decayed else []
+        cells = [arm.arm, rate, *decay, share(arm.cost) + ("!" if arm.off else ""), share(arm.nominal_cost)]
+        cells += [share(arm.reference), share(arm.reference / 10)] if charged else []
+        cells += [number(arm.seconds, ".1f"), number(arm.passes, ".2f"), number(MEGA * arm.trained, ".2f")]
+        cells += [number(arm.loss, ".4f"), "± " + number(arm.spread, ".4f")]
+        cells += [difference_words(arm.against[name]) if name in arm.against else "" for name in spec.references]
         rows.append([*cells, *([_bound(arm)] if lossless else [])])
     seeds = f"{len(spec.seeds)} paired seeds"
     title = f"{spec.path.stem}, {case.case}: {seeds}, cost as a share of the plain run, {_units(results)}"
     return Section(title, rows, _notes(results, case))
+
+
+def _search(case: CaseResult) -> Section:
+    points = list(dict.fromkeys(point for arm in case.arms.values() for point in arm.search))
+    points.sort(key=lambda point: (point.decay or 0.0, point.rate))
+    rows = [["arm", *map(str, points)]]
+    for arm in case.arms.values():
+        best = min(arm.search.values(), default=math.nan)
+        marks = {point: " *" if loss == best else "" for point, loss in arm.search.items()}
+        rows.append([arm.arm, *(number(arm.search.get(p, math.nan), ".4f") + marks.get(p, "") for p in points)])
+    return Section(f"{case.case}: search for learning rate and weight decay, loss (* the best)", rows)
 
 
 def _units(results: Results) -> str:
@@ -77,7 +101,7 @@ def _notes(results: Results, case: CaseResult) -> list[str]:
     notes: list[str] = []
     for arm in case.arms.values():
         if arm.edge:
-            notes.append(f"* {arm.arm}: its best rate is the {arm.edge} of the grid, a better one may be beyond.")
+            notes.append(f"* {arm.arm}: its best point has the {arm.edge} of the grid, a better one may be beyond.")
         for unit, share in arm.off.items():
             notes.append(f"! {arm.arm}: {unit} cost {share:+.1%} against {results.spec.equal_cost[0]}, not equal.")
         notes.extend(f"failed: {error}" for error in arm.errors)
@@ -95,21 +119,22 @@ def _domains(results: Results, case: CaseResult) -> Section:
         cells = [arm.arm]
         for name in names:
             losses = list(arm.domains.get(name, {}).values())
-            loss = _number(sum(losses) / len(losses) if losses else math.nan, ".4f")
+            loss = number(sum(losses) / len(losses) if losses else math.nan, ".4f")
             difference = arm.domains_against.get(reference or "", {}).get(name)
-            cells.append(loss if difference is None else f"{loss} ({_number(difference.mean, '+.4f')})")
+            cells.append(loss if difference is None else f"{loss} ({number(difference.mean, '+.4f')})")
         rows.append(cells)
     return Section(f"{results.spec.path.stem}, {case.case}: loss by domain{against}", rows)
 
 
 def _chosen(case: CaseResult) -> Section:
     names = list(dict.fromkeys(name for arm in case.arms.values() for name in arm.chosen))
-    shares = ([arm.arm, *(_share(arm.chosen.get(name, math.nan)) for name in names)] for arm in case.arms.values())
+    shares = ([arm.arm, *(share(arm.chosen.get(name, math.nan)) for name in names)] for arm in case.arms.values())
     rows = [["arm", *names], *shares]
     return Section(f"{case.case}: share of the trained sequences by component", rows)
 
 
-def _difference(difference: PairedDifference) -> str:
+def difference_words(difference: PairedDifference) -> str:
+    """A difference with its interval and verdict."""
     if difference.seeds == 0:
         return "-"
     if difference.seeds == 1:
@@ -127,11 +152,13 @@ def _bound(arm: ArmResult) -> str:
     return f"{bound} lossless" if lossless else f"{bound} > {LOSSLESS}"
 
 
-def _share(value: float) -> str:
-    return _number(value, ".1%")
+def share(value: float) -> str:
+    """Per cent with a digit; `-` for what is not known."""
+    return number(value, ".1%")
 
 
-def _number(value: float, form: str) -> str:
+def number(value: float, form: str) -> str:
+    """A number as `form` says; `-` for what is not known."""
     return format(value, form) if math.isfinite(value) else "-"
 
 
@@ -158,6 +185,7 @@ def document(results: Results) -> dict[str, Any]:
             "seeds": spec.seeds,
             "search_seeds": spec.search_seeds,
             "learning_rates": spec.learning_rates,
+            "weight_decays": spec.weight_decays,
             "units": results.units._asdict(),
             "runs": spec.runs,
             "finished": results.finished,
@@ -177,6 +205,7 @@ def _arm(arm: ArmResult) -> dict[str, Any]:
     }
     told = {field.name: getattr(arm, field.name) for field in dataclasses.fields(arm)}
     del told["domains_against"]
+    told["search"] = {str(point): loss for point, loss in arm.search.items()}
     return {**told, "loss": arm.loss, "spread": arm.spread, "lossless": arm.lossless, "against": against}
 
 

@@ -21,7 +21,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str, root: type | Non
     Args:
         cls: a dataclass.
         mapping: what was read from YAML or JSON.
-        where: names the source in errors, such as `configs/demo.yaml`.
+        where: names the source in errors, such as `configs/small.yaml`.
         root: dataclass of all settings, if `cls` is one of its sections; hints are looked for there.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 
 from es_megatron.core.metrics import plan_facts
 from es_megatron.core.plan import describe
+from es_megatron.forecast.expected import expected_loss
 from es_megatron.forecast.forecast import BreakEven, Duration, Forecast
 from es_megatron.forecast.request import Request
 from es_megatron.scoring import arm_of
@@ -18,7 +19,9 @@ WARNING = "WARNING"
 
 def told(request: Request, found: Forecast) -> str:
     """The plan that the trainer prints, and what only this command tells."""
-    lines = [_described(request, found)]
+    first, *rest = _described(request, found).splitlines()
+    loss = [f"  {'loss' if number == 0 else '':18}{line}" for number, line in enumerate(expected_loss(found.plan))]
+    lines = [first, *loss, *rest]
     lines += [f"  {name:18}{value}" for name, value in _rows(request, found)]
     lines += [f"  note: {note}" for note in request.notes]
     return "\n".join(lines)
@@ -30,6 +33,7 @@ def document(request: Request, found: Forecast) -> dict[str, Any]:
     duration = found.duration
     return {
         "plan": plan_facts(found.plan, found.layout, request.manifest.seq_length),
+        "loss": expected_loss(found.plan),
         "calibrated": found.calibrated,
         "world_size": request.world_size,
         "data_parallel": request.sizes.data_parallel,

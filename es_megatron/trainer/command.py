@@ -10,7 +10,7 @@ STOPPED = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("--config", required=True, help="YAML file of settings, such as configs/demo.yaml")
+    parser.add_argument("--config", required=True, help="YAML file of settings, such as configs/small.yaml")
     parser.add_argument("--backend", choices=("megatron", "deepspeed"), help="short for backend=NAME")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     parser.add_argument("--print-config", action="store_true", help="print every setting and its source, and end")

@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from es_megatron.bench import reference_models
 from es_megatron.bench.blends import apart_of
 from es_megatron.bench.reference_models import forward_flops, make_reference, read_price
-from es_megatron.bench.runs import CaseBlend
-from es_megatron.bench.spec import ReferenceModel
+from es_megatron.bench.runs import CaseBlend, Task, identity_of, settings_of
+from es_megatron.bench.spec import ReferenceModel, read_spec
 from es_megatron.errors import ConfigError, DataError
 from es_megatron.trainer.model_settings import ModelSettings
+from tests.unit.test_compare_spec import PATH, changed
 
 LENGTH = 16
 
@@ -86,7 +87,7 @@ def test_a_reference_is_made_once_and_charged_for_training_and_scoring(tmp_path:
     price = read_price(losses)
     settings = ModelSettings(num_layers=1, hidden_size=8, num_attention_heads=1, seq_length=LENGTH)
     assert price.flops == forward_flops(settings, 64) * (3 * 20 + 50)
-    assert price.seconds == 3.0
+    assert (price.seconds, price.rows) == (3.0, 50)
     assert make_reference("tiny", model, blend, LENGTH) == losses
     assert len(commands.seen) == 2
     other = make_reference("tiny", ReferenceModel("same", {"model.num_layers": 1}), blend, LENGTH)
@@ -101,3 +102,29 @@ def test_a_reference_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: An
     monkeypatch.setattr(reference_models.subprocess, "run", Commands(code=2))
     with pytest.raises(DataError, match="`es-megatron reference train` failed: es-megatron: error: no luck"):
         make_reference("tiny", ReferenceModel("same"), blend, LENGTH)
+
+
+def test_a_budget_is_what_a_runs_share_of_the_price_leaves(tmp_path: Path) -> None:
+    entries = {
+        "reference_models": {"tiny": {}},
+        "arms": {"es": {"evolved_sampling.selection.budget": 0.6, "evolved_sampling.reference.folder": "tiny"}},
+        "references": [],
+    }
+    blend = CaseBlend(tmp_path / "blend.yaml", {}, {"tiny": tmp_path / "made" / "losses"}, {"tiny": 0.12})
+    for runs, budget in ((0, 0.6), (1, 0.48), (10, 0.588)):
+        spec = read_spec(changed(**entries, reference_runs=runs), PATH)
+        made = settings_of(spec, Task("clean", "es", 1e-3, 1), blend, tmp_path)
+        assert made["evolved_sampling"]["selection"]["budget"] == budget
+    dear = CaseBlend(blend.file, {}, blend.references, {"tiny": 0.7})
+    with pytest.raises(ConfigError, match="arm es: reference `tiny` costs more than the budget leaves"):
+        settings_of(read_spec(changed(**entries, reference_runs=1), PATH), Task("clean", "es", 1e-3, 1), dear, tmp_path)
+
+
+def test_a_reference_counts_by_what_it_was_made_from_wherever_it_stands(tmp_path: Path) -> None:
+    arms = {"es": {"evolved_sampling.reference.folder": "tiny", "evolved_sampling.selection.policy": "reducible"}}
+    spec = read_spec(changed(reference_models={"tiny": {}}, arms=arms, references=[]), PATH)
+    found: list[Any] = []
+    for folder in ("here/clean-tiny-0a1b", "there/clean-tiny-0a1b", "here/clean-tiny-2c3d"):
+        blend = CaseBlend(tmp_path / "blend.yaml", {}, {"tiny": tmp_path / folder / "losses"})
+        found.append(identity_of(settings_of(spec, Task("clean", "es", 1e-3, 1), blend, tmp_path), blend))
+    assert found[0] == found[1] != found[2]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
+from es_megatron.bench.page import page
 from es_megatron.bench.plots import draw
+from es_megatron.bench.rates import Point
 from es_megatron.bench.results import NOMINAL, Units, conclude, cost_share
 from es_megatron.bench.runs import Outcome, Task
 from es_megatron.bench.spec import read_spec
@@ -143,9 +148,9 @@ def test_a_search_whose_best_rate_is_at_an_end_is_flagged():
     outcomes |= {Task("clean", "es", 4e-3, seed): Outcome(summary(1.0)) for seed in (1, 2)}
     outcomes |= {Task("clean", "plain", rate, 100): Outcome(summary(abs(rate - 2e-3))) for rate in spec.learning_rates}
     found = conclude(spec, outcomes)
-    assert found.cases[0].arms["es"].edge == "highest"
+    assert found.cases[0].arms["es"].edge == "highest rate"
     assert found.cases[0].arms["plain"].edge == ""
-    assert found.cases[0].arms["es"].search == {1e-3: 3, 2e-3: 2, 4e-3: 1}
+    assert found.cases[0].arms["es"].search == {Point(1e-3, None): 3, Point(2e-3, None): 2, Point(4e-3, None): 1}
     assert "0.004*" in render(found)
 
 
@@ -169,8 +174,8 @@ def test_the_tables_have_everything_and_the_json_is_plain(spec):
 
 
 def test_a_reference_is_charged_to_the_arm_that_has_it(spec):
-    """A reference that cost as much as 24 forward passes over a sequence, where the plain run's 80 cost 3 each."""
-    found = conclude(spec, outcomes_of({"plain": [4.0], "es": [4.0]}), {("clean", "es"): 24.0})
+    """A reference that cost a tenth of the plain run."""
+    found = conclude(spec, outcomes_of({"plain": [4.0], "es": [4.0]}), {("clean", "es"): 0.1})
     arms = found.cases[0].arms
     assert (arms["plain"].reference, arms["es"].reference) == (0.0, pytest.approx(0.1))
     text = render(found)
@@ -190,6 +195,21 @@ def test_plots_of_each_case(spec, tmp_path):
     kinds = {arm: {"domains": domains.items()} for arm in ARMS}
     outcomes = outcomes_of({"plain": [4.0, 4.1, 4.2], "uniform": [4.0], "es": [4.0, 4.1, 4.3]}, **kinds)
     files = draw(conclude(spec, outcomes), tmp_path / "plots")
-    assert [file.name for file in files] == ["clean-loss.png", "clean-domains.png"]
+    assert [file.name for file in files] == ["clean-loss.png", "clean-differences.png"]
     assert all(file.stat().st_size > 5000 for file in files)
     assert draw(conclude(spec, {}), tmp_path / "plots") == []
+
+
+def test_the_page_shows_every_arm_and_its_place(spec):
+    pytest.importorskip("jinja2")
+    losses = {"plain": [4.0, 4.1, 4.2], "uniform": [4.1, 4.2, 4.3], "es": [4.05, 4.15, 4.251]}
+    found = page(conclude(spec, outcomes_of(losses)))
+    assert "es: 0.050 nats below uniform" in found
+    assert "plain: 0.100 nats below uniform" in found
+    assert "not told" not in found
+    zero = float(re.search(r'class="zero" style="left:([0-9.]+)%', found)[1])
+    dots = [float(place) for place in re.findall(r'class="dot wins" style="left:([0-9.]+)%', found)]
+    assert len(dots) == 2
+    assert max(dots) < zero <= 100 - 4
+    assert "&lt;" in page(conclude(dataclasses.replace(spec, path=Path("a<b.yaml")), outcomes_of(losses)))
+    assert "<section>" not in page(conclude(spec, {}))

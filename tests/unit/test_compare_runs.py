@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from es_megatron.bench.crew import Answer, Crew
+from es_megatron.bench.kept import KeptRuns
+from es_megatron.bench.rates import Point, rates_document
+from es_megatron.bench.results import conclude
 from es_megatron.bench.runs import (
     CaseBlend,
     Outcome,
     Task,
-    best_rate,
+    best_point,
     identity_of,
     open_tasks,
     prepare_folder,
@@ -25,7 +29,7 @@ from es_megatron.bench.runs import (
 from es_megatron.bench.spec import read_spec
 from es_megatron.checkpoint import ScoreRange, save_es_state
 from es_megatron.config.settings import DEFAULT_OPTIONS
-from es_megatron.errors import CheckpointError
+from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.rank_grid import RankGrid
 from tests.unit.naive import make_manifest
 from tests.unit.test_compare_spec import PATH, changed
@@ -63,13 +67,88 @@ def test_an_arm_is_searched_before_its_paired_runs_and_nobody_waits_for_another_
 def test_the_best_mean_over_search_seeds_wins_and_a_failed_or_broken_rate_cannot(spec):
     outcomes = searched("es", {1e-3: (4.0, 4.2), 2e-3: (1.0, 1.0), 4e-3: (3.0, math.nan)})
     outcomes[Task("clean", "es", 2e-3, 101)] = Outcome({}, "LossError: nan")
-    assert best_rate(spec, outcomes, "clean", "es") == 1e-3
+    assert best_point(spec, outcomes, "clean", "es") == (1e-3, None)
 
 
 def test_an_arm_whose_every_rate_failed_has_no_paired_runs(spec):
     outcomes = {task: Outcome({}, "broken") for task in open_tasks(spec, {}) if task.arm == "es"}
-    assert best_rate(spec, outcomes, "clean", "es") is None
+    assert best_point(spec, outcomes, "clean", "es") is None
     assert {task.arm for task in open_tasks(spec, outcomes)} == {"plain"}
+
+
+def test_weight_decays_are_tried_at_the_best_rate_only():
+    spec = read_spec(
+        changed(
+            learning_rates=[1e-3, 2e-3],
+            weight_decays=[0.1, 0.5, 2.0],
+            search_seeds=[100],
+            arms={"es": {}},
+            references=[],
+        ),
+        PATH,
+    )
+    assert spec.runs == 2 + 2 + 2
+    first = open_tasks(spec, {})
+    assert [task.point for task in first] == [(1e-3, 0.1), (2e-3, 0.1)]
+    outcomes = {task: ended(4.0 - task.rate) for task in first}
+    second = open_tasks(spec, outcomes)
+    assert [task.point for task in second] == [(2e-3, 0.5), (2e-3, 2.0)]
+    outcomes |= {second[0]: ended(3.0), second[1]: ended(3.5)}
+    assert [(task.point, task.seed) for task in open_tasks(spec, outcomes)] == [((2e-3, 0.5), 1), ((2e-3, 0.5), 2)]
+    settings = settings_of(spec, open_tasks(spec, outcomes)[0], BLEND, Path())
+    assert (settings["training"]["lr"], settings["training"]["weight_decay"]) == (2e-3, 0.5)
+
+
+def test_rates_of_an_earlier_search_take_the_place_of_one(tmp_path):
+    points = {"clean": {"es": Point(1e-3, 0.5), "plain": Point(2e-3, None)}}
+    (tmp_path / "rates.json").write_text(json.dumps(rates_document(points)))
+    entries = {"rates": "rates.json", "learning_rates": [], "search_seeds": []}
+    cases = {"short": {"blend": "clean", "like": "clean"}}
+    arms = {"plain": {"evolved_sampling.arm": "plain"}, "es": {}, "other": {}}
+    spec = read_spec(changed(**entries, cases=cases, arms=arms, rates_like={"other": "es"}), tmp_path / "spec.yaml")
+    found = {task.arm: task.point for task in open_tasks(spec, {})}
+    assert found == {"plain": (2e-3, None), "es": (1e-3, 0.5), "other": (1e-3, 0.5)}
+    assert spec.runs == 3 * 2
+    for wrong, words in (
+        ({"rates_like": {}}, "has nothing for arm 'other' in case 'clean'"),
+        ({"rates_like": {"other": "ess"}}, "must name an arm of the search, but is 'ess'"),
+        ({"rates_like": {"another": "es"}}, "must name arms of this spec"),
+        ({"cases": {"short": {"blend": "clean"}}}, "cases.short.like` must name a case"),
+        ({"learning_rates": [1e-3]}, "takes the place of a search"),
+        ({"rates": "gone.json"}, "gone.json` cannot be read"),
+    ):
+        told = {**entries, "cases": cases, "arms": arms, "rates_like": {"other": "es"}, **wrong}
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            read_spec(changed(**told), tmp_path / "spec.yaml")
+
+
+def test_kept_runs_count_wherever_they_were_run(spec, tmp_path):
+    from tests.unit.test_compare_results import summary
+
+    tasks = [Task("clean", arm, 1e-3, 1) for arm in ("es", "plain")]
+    identities = [identity_of(settings_of(spec, task, BLEND, tmp_path), BLEND) for task in tasks]
+    kept = KeptRuns(tmp_path / "results" / "spec.json", spec)
+    assert kept.find(identities[0]) is None
+    made = summary(4.123456789, iterations=10)
+    for task, identity in zip(tasks, identities, strict=True):
+        kept.note(task, identity, Outcome(made))
+    kept.note(Task("gone", "es", 1e-3, 1), {"other": 1}, Outcome(made))
+    kept.write({("clean", "es"): 1.5, ("gone", "es"): 2.0})
+
+    again = KeptRuns(tmp_path / "results" / "spec.json", spec)
+    found = again.find(identities[1])
+    assert found is not None
+    assert found.loss == 4.12346
+    assert again.find({"other": 1}) is None, "of a case that the spec no longer has"
+    assert again.charges == {("clean", "es"): 1.5}
+    assert set(again.outcomes) == set(tasks)
+    assert conclude(spec, again.outcomes).cases[0].arms["es"].losses == {}, (
+        "seed 1 at the rate of a search that is open"
+    )
+
+    (tmp_path / "results" / "spec.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"spec.json` cannot be read"):
+        KeptRuns(tmp_path / "results" / "spec.json", spec)
 
 
 def test_one_rate_needs_no_search():

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from es_megatron.bench.command import add_arguments, narrow
-from es_megatron.bench.recipe import Recipe
+from es_megatron.bench.recipe import Recipe, Sources, identity
 from es_megatron.bench.runs import CaseBlend, Task, check_arms, settings_of
 from es_megatron.bench.spec import Case, load_spec, read_spec
 from es_megatron.errors import ConfigError
@@ -52,8 +52,12 @@ def test_a_minimal_spec():
         ({"references": ["plane"]}, "has 'plane'. Did you mean `plain`?"),
         ({"equal_cost": "es"}, "`spec.yaml: equal_cost` must be a list of arms"),
         ({"seeds": [1, 100]}, "`spec.yaml: search_seeds` must differ from `seeds`"),
+        (
+            {"weight_decays": [0.1], "arms": {"plain": {"training.weight_decay": 0.5}}},
+            "`training.weight_decay` must be left out of `spec.yaml: arms.plain`",
+        ),
         ({"seeds": [0.5]}, "must be a list of whole numbers, but has 0.5"),
-        ({"seeds": []}, "`spec.yaml: seeds` must be given with at least one entry"),
+        ({"seeds": [], "learning_rates": [1e-3]}, "`spec.yaml: seeds` must be given with at least one entry"),
         ({"search_seeds": []}, "`spec.yaml: search_seeds` must be given with several `learning_rates`"),
         ({"learning_rates": ["fast"]}, "must be a list of numbers, but has 'fast'"),
         ({"learning_rates": [-1]}, "must be above 0"),
@@ -154,3 +158,30 @@ def test_the_specs_that_are_shipped_can_run(path):
     spec = load_spec(path)
     check_arms(spec, {case: CaseBlend(Path("blend.yaml"), {}) for case in spec.cases})
     assert yaml.safe_load(path.read_text())["jobs"] == 2
+
+
+def test_a_spec_adds_to_the_one_that_it_extends(tmp_path):
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(changed(), sort_keys=False))
+    more = {"extends": "first.yaml", "arms": {"other": {}, "es": {"training.clip_grad": 0.5}}, "seeds": [7]}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(more))
+    spec = load_spec(tmp_path / "second.yaml")
+    assert list(spec.arms) == ["plain", "es", "other"]
+    assert spec.arms["es"] == {"training.clip_grad": 0.5}
+    assert (spec.seeds, spec.learning_rates) == ((7,), (1e-3, 4e-3))
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump({"extends": "second.yaml"}))
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_spec(tmp_path / "second.yaml")
+
+
+def test_texts_are_found_in_the_folder_that_the_command_line_names(tmp_path):
+    recipe = Recipe(components=("a={corpora}/a.jsonl",))
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text('{"text": "one"}\n')
+    found = [Sources(corpora=tmp_path / folder).resolve(recipe) for folder in ("here", "there")]
+    assert found[0].components == (f"a={tmp_path}/here/a.jsonl",)
+    assert identity(found[0], None) == identity(found[1], None)
+    (tmp_path / "there" / "a.jsonl").write_text('{"text": "two"}\n')
+    assert identity(found[0], None) != identity(found[1], None)
+    with pytest.raises(ConfigError, match=r"`--corpora DIR` must be given"):
+        Sources().resolve(recipe)

@@ -20,8 +20,6 @@ HOMES = ("scoring", "config")
 OTHER_MEANINGS = {
     ("algorithm/policies.py", "es"): "a policy",
     ("algorithm/policies.py", "uniform"): "a policy",
-    ("bench/demo.py", "plain"): "a run of the demo",
-    ("bench/demo.py", "uniform"): "a run of the demo",
     ("checks/megatron_config.py", "external"): "Megatron-LM's --dataloader-type",
     ("config_patch/command.py", "es"): "the flag --es",
     ("core/plan.py", "plain"): "what the guard falls back to",

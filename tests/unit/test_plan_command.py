@@ -149,15 +149,15 @@ def test_components_draw_by_weight_or_by_size(capsys: Any) -> None:
 
 
 def test_flags_win_over_the_file(capsys: Any) -> None:
-    config = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
-    demo = ["--config", config, "--samples", "5000", "--world-size", "2"]
-    assert plan_of(capsys, *demo)["plan"]["pruning_ratio"] == 0.2
-    assert plan_of(capsys, *demo)["lr"] == pytest.approx(2e-3 / 2)
+    config = str(Path(__file__).parents[2] / "configs" / "small.yaml")
+    small = ["--config", config, "--samples", "5000", "--world-size", "2"]
+    assert plan_of(capsys, *small)["plan"]["anneal"] == 0.05
+    assert plan_of(capsys, *small)["lr"] == pytest.approx(1e-2 * 0.5**0.5)
     changed = plan_of(
-        capsys, *demo, "--es-selection-keep-ratio", "0.5", "--train-samples", "640", "training.micro_batch_size=2"
+        capsys, *small, "--es-selection-keep-ratio", "0.25", "--train-samples", "640", "training.micro_batch_size=2"
     )
-    assert (changed["plan"]["kept"], changed["plan"]["plain_iterations"]) == (32, 10)
-    assert changed["plan"]["pruning_ratio"] == 0.2
+    assert (changed["plan"]["kept"], changed["plan"]["plain_iterations"]) == (16, 10)
+    assert changed["plan"]["anneal"] == 0.05
     assert changed["plan"]["layout"]["micro_batches"] == 16
 
 

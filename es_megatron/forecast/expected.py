@@ -1,0 +1,88 @@
+"""What to expect of the loss, from runs that were measured (docs/results.md), or that nothing was."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.plan import Plan
+
+COSTS = (0.55, 0.70)
+"""Nominal costs, as shares of plain, for which what was measured at 0.625 is told."""
+CLEAN, DAMAGED, COPIES = "clean text", "40% damaged", "half near copies"
+
+
+class Regime(NamedTuple):
+    """Passes over the blend for which cases were measured."""
+
+    least: float
+    most: float
+    cases: Mapping[str, str]
+    """By what the text is like."""
+
+
+REGIMES = (
+    Regime(0.8, 1.3, {DAMAGED: "once-damaged"}),
+    Regime(2.5, 6.0, {CLEAN: "clean", DAMAGED: "damaged", COPIES: "copies"}),
+    Regime(8.0, 14.0, {CLEAN: "ten"}),
+)
+
+
+@functools.cache
+def measured() -> dict[str, Any]:
+    """The proving blends' differences, by case, arm and what they are against: low, mean, high in nats a token."""
+    return json.loads((files("es_megatron.forecast") / "expected.json").read_text(encoding="utf-8"))
+
+
+def expected_loss(plan: Plan) -> list[str]:
+    """Lines that say what was measured of such a run, against uniform at equal cost and against plain."""
+    if not plan.evolving_iterations:
+        return ["as of plain training: nothing is selected"]
+    arm, regime = arm_of_tables(plan.config), regime_of(max(plan.passes))
+    share = plan.cost / plan.plain_cost
+    if arm is None or regime is None or not COSTS[0] <= share <= COSTS[1]:
+        what = f"such a run (cost {share:.1%} of plain, {max(plan.passes):.1f} passes)"
+        lines = [f"not measured for {what}: compare arms first, `es-megatron compare` (docs/results.md has what was)"]
+    else:
+        lines = _lines(arm, regime)
+    if plan.arm.scores and plan.config.reference.folder is None:
+        lines.append(
+            "text that is damaged or repeats: give it a reference, `es-megatron reference` (docs/references.md)"
+        )
+    return lines
+
+
+def way_of(config: EvolvedSamplingConfig) -> dict[str, Any]:
+    """What decides how a run chooses, JSON-able: runs with equal ways are told by the same row of the tables."""
+    names = ("arm", "policy", "policy_options", "correction", "decay", "pruning_ratio")
+    told = {name: config.terms[name] for name in names}
+    return {**told, "mixture": config.mixture, "scorer": config.scorer.kind, "floor": config.selection.weight_floor}
+
+
+def arm_of_tables(config: EvolvedSamplingConfig) -> str | None:
+    """What the tables call a run's way to choose; None where they do not have it."""
+    way = way_of(config)
+    return next((arm for arm, known in measured()["arms"].items() if known == way), None)
+
+
+def regime_of(passes: float) -> Regime | None:
+    """The cases whose number of passes is near."""
+    return next((regime for regime in REGIMES if regime.least <= passes <= regime.most), None)
+
+
+def _lines(arm: str, regime: Regime) -> list[str]:
+    lines: list[str] = []
+    for text, case in regime.cases.items():
+        found: Mapping[str, Sequence[float]] = measured()["cases"].get(case, {}).get(arm, {})
+        told = [f"{_interval(each)} against {name}" for name, each in found.items()]
+        lines.append(f"{text}: {', '.join(told) if told else 'not measured'}")
+    return [*lines, "in nats a token with 95% intervals, tiny models on a CPU; your model and text: not measured"]
+
+
+def _interval(found: Sequence[float]) -> str:
+    low, mean, high = found
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -1,0 +1,139 @@
+"""The page of results is what the results files say, and `plan` tells the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import page
+from benchmarks.findings import DAMAGED, Findings, interval
+from es_megatron.bench.results import conclude
+from es_megatron.bench.runs import Outcome, Task
+from es_megatron.bench.spec import Spec, read_spec
+from es_megatron.cli import main
+from es_megatron.forecast import expected
+from tests.unit.test_compare_results import summary
+from tests.unit.test_compare_spec import PATH, changed
+
+ARMS = {name: {"training.clip_grad": number + 1.0} for number, name in enumerate(("uniform", "plain", "static"))}
+RULED = {**ARMS, "excess": {}, "residual": {"training.clip_grad": 0.5}, "band": {"training.clip_grad": 0.6}}
+
+
+def test_nothing_on_the_page_is_stale() -> None:
+    for path, text in page.pages(page.read()).items():
+        assert (page.ROOT / path).read_text(encoding="utf-8") == text, f"{path}: run `python -m benchmarks.page`"
+    for name in page.pictured(page.read()):
+        assert (page.ROOT / page.PAGES / f"{name}.png").is_file()
+
+
+def spec_of(cases: list[str]) -> Spec:
+    entries = {"cases": {case: {"blend": "clean"} for case in cases}, "arms": RULED, "seeds": [1, 2, 3]}
+    return read_spec(
+        changed(**entries, references=["uniform", "plain", "static"], learning_rates=[1e-3], search_seeds=[]), PATH
+    )
+
+
+def findings_of(losses: dict[str, dict[str, dict[str, float]]]) -> Findings:
+    """Three seeds of each arm, a hair apart, by spec, case and arm."""
+    found: dict[str, Any] = {}
+    for name, cases in losses.items():
+        spec = spec_of(list(cases))
+        runs = {
+            Task(case, arm, 1e-3, seed): Outcome(
+                summary(
+                    loss + 0.1 * seed + 0.001 * (seed if arm == "uniform" else 0), domains=[("a", loss), ("b", loss)]
+                )
+            )
+            for case, arms in cases.items()
+            for arm, loss in arms.items()
+            for seed in (1, 2, 3)
+        }
+        found[name] = conclude(spec, runs)
+    return Findings(found)
+
+
+def even(**others: float) -> dict[str, float]:
+    return {**dict.fromkeys(RULED, 4.0), **others}
+
+
+def test_the_best_rule_is_chosen_on_tuning_blends_alone() -> None:
+    findings = findings_of(
+        {
+            "tuning": {"damaged": even(band=3.9), "wiki-damaged": even(residual=3.95)},
+            "proving": {"damaged": even(excess=3.0)},
+        }
+    )
+    assert findings.rule == "band"
+    assert findings.told(DAMAGED[2:], "excess").startswith("proving blend -1.002 [")
+    assert "not run yet" in findings.told(DAMAGED, "nobody")
+
+
+def test_aims_are_met_missed_or_open() -> None:
+    good = even(band=3.9, plain=3.89)
+    whole = {"tuning": {"damaged": good, "wiki-damaged": good, "clean": good}, "proving": {"damaged": good}}
+    verdicts = {aim.what: aim.verdict for aim in findings_of(whole).aims()}
+    assert verdicts["40% damaged: 0.05 below uniform, or more"] == "met"
+    assert verdicts["40% damaged: level with plain on one blend"] == "missed"
+    assert verdicts["40% damaged: below the static filter by the same reference"] == "met"
+    assert verdicts["clean text, 4 passes: below uniform"] == "open", "the proving blend is missing"
+    assert verdicts["no domain's lower end above +0.02 against uniform"] == "met"
+    whole["proving"]["damaged"] = even(band=4.1)
+    verdicts = {aim.what: aim.verdict for aim in findings_of(whole).aims()}
+    assert verdicts["40% damaged: 0.05 below uniform, or more"] == "missed"
+    assert verdicts["no domain's lower end above +0.02 against uniform"] == "missed"
+
+
+def test_an_interval_says_how_much_is_missing() -> None:
+    spec = spec_of(["clean"])
+    runs = {Task("clean", arm, 1e-3, 1): Outcome(summary(4.0)) for arm in ("excess", "uniform")}
+    arm = conclude(spec, runs).cases[0].arms["excess"]
+    assert interval(arm.against["uniform"]) == "+0.000 (1 seeds so far)"
+    assert interval(None) == "not run yet"
+
+
+FLAGS = ["--samples", "40000", "--seq-length", "128", "--global-batch-size", "64", "--micro-batch-size", "4"]
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arms of the shipped tables with numbers of a test's own."""
+    shipped = json.loads((Path(expected.__file__).parent / "expected.json").read_text(encoding="utf-8"))
+    assert {"history", "uniform", "excess", "paper"} <= shipped["arms"].keys()
+    numbers = {"uniform": [-0.03, -0.02, -0.01], "plain": [0.1, 0.2, 0.3]}
+    told = {"arms": shipped["arms"], "cases": {"clean": {"history": numbers}, "once-damaged": {"history": numbers}}}
+    monkeypatch.setattr(expected, "measured", lambda: told)
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("flags", "lines"),
+    [
+        (
+            ["--passes", "4", "--es-selection-keep-ratio", "0.5625"],
+            ["clean text: -0.020 [-0.030, -0.010] against uniform, +0.200 [+0.100, +0.300] against plain"],
+        ),
+        (["--passes", "4", "--es-selection-keep-ratio", "0.5625"], ["40% damaged: not measured"]),
+        (["--passes", "1", "--es-selection-keep-ratio", "0.5625"], ["40% damaged: -0.020 [-0.030, -0.010]"]),
+        (["--passes", "4", "--es-selection-keep-ratio", "0.25"], ["not measured for such a run (cost 32.5% of plain"]),
+        (["--passes", "20", "--es-selection-keep-ratio", "0.5625"], ["not measured for such a run"]),
+        (["--passes", "4", "--es-pruning-ratio", "0.2"], ["not measured for such a run"]),
+        (["--passes", "4", "--es-arm", "plain"], ["as of plain training"]),
+    ],
+)
+def test_plan_tells_what_was_measured_of_the_loss(flags: list[str], lines: list[str], capsys: Any) -> None:
+    capsys.readouterr()
+    assert main(["plan", *FLAGS, *flags]) == 0
+    told = capsys.readouterr().out
+    for line in lines:
+        assert line in told
+    assert told.splitlines()[1].split()[0] == "loss"
+    advised = "give it a reference" in told
+    assert advised == ("plain" not in flags)
+
+
+def test_a_mean_that_is_missing_is_no_number() -> None:
+    assert math.isnan(findings_of({"tuning": {"damaged": even()}}).mean(DAMAGED[2], "band"))
