@@ -80,7 +80,14 @@ class Findings:
 
     def told(self, places: Sequence[Place], arm: str, reference: str = "uniform") -> str:
         """An arm against another in several places."""
+        if all(self.difference(place, arm, reference) is None for place in places):
+            return "not run yet"
         return ", ".join(f"{place.name} {interval(self.difference(place, arm, reference))}" for place in places)
+
+    def complete(self, places: Sequence[Place], arm: str) -> bool:
+        """Whether an arm's differences to uniform are there, all seeds of them."""
+        found = [self.difference(place, arm) for place in places]
+        return all(one is not None and one.verdict != "open" for one in found)
 
     def worst_domain(self, arm: str) -> tuple[str, PairedDifference] | None:
         """The domain with the highest lower end against uniform, over all cases that are complete."""

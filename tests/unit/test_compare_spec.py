@@ -8,10 +8,12 @@ import pytest
 import yaml
 
 from es_megatron.bench.command import add_arguments, narrow
+from es_megatron.bench.demo import SPEC
 from es_megatron.bench.recipe import Recipe, Sources, identity
 from es_megatron.bench.runs import CaseBlend, Task, check_arms, settings_of
 from es_megatron.bench.spec import Case, load_spec, read_spec
 from es_megatron.errors import ConfigError
+from es_megatron.resources import resource
 
 MINIMAL = {
     "base": {"model": {"num_layers": 2}, "training": {"passes": 4}},
@@ -153,11 +155,13 @@ def test_seeds_of_the_command_line_count_once():
     assert narrow(read_spec(changed(), PATH), arguments).seeds == (3, 4)
 
 
-@pytest.mark.parametrize("path", sorted(QUALITY.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*sorted(QUALITY.glob("*.yaml")), resource("configs") / SPEC], ids=lambda path: path.stem
+)
 def test_the_specs_that_are_shipped_can_run(path):
     spec = load_spec(path)
     check_arms(spec, {case: CaseBlend(Path("blend.yaml"), {}) for case in spec.cases})
-    assert yaml.safe_load(path.read_text())["jobs"] == 2
+    assert spec.jobs == 2
 
 
 def test_a_spec_adds_to_the_one_that_it_extends(tmp_path):

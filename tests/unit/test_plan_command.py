@@ -62,7 +62,9 @@ def test_the_plan_of_a_config_is_the_one_its_trainer_prints(tmp_path: Path, caps
     printed = (tmp_path / "run" / "log.txt").read_text().splitlines()
     printed = printed[: next(at for at, line in enumerate(printed) if line.startswith("["))]
     assert len(printed) == 8
-    assert told[: len(printed)] == printed
+    loss = next(at for at, line in enumerate(told) if at > 1 and not line.startswith(" " * 20)) - 1
+    assert told[1].startswith("  loss")
+    assert [told[0], *told[1 + loss : len(printed) + loss]] == printed
     found = plan_of(capsys, "--config", str(file), "--world-size", "1", *speeds)["plan"]
     assert found.pop("components") == facts.pop("components")
     assert found.pop("layout") == pytest.approx(facts.pop("layout"))

@@ -22,7 +22,7 @@ from es_megatron.trainer.effective import effective, filled_in
 from es_megatron.trainer.settings import PretrainSettings, apply_override, load_settings
 
 ROOT = Path(__file__).parents[2]
-RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "training:" in path.read_text())
+RUNS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "compare")
 MINIMAL = {"data": {"blend": "blend.yaml"}, "training": {"passes": 1}}
 
 
