@@ -366,8 +366,7 @@ class Reader:
         entry = self._tensors.get(name)
         if entry is None:
             raise CheckpointError(f"{self._folder / MANIFEST} is damaged: tensor {name} is missing.")
-        path = self._folder / entry["file"]
-        if self._open is None or self._open.path != path:
+        if self._open is None or self._open.path != self._folder / entry["file"]:
             self.close()
-            self._open = TensorFile(path)
+            self._open = TensorFile(sealed.file_inside(self._folder, entry["file"], self._folder / MANIFEST))
         self._open.read_into(name, entry, target)

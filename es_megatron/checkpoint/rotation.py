@@ -75,6 +75,7 @@ class CheckpointDirectory:
         with agreed(self._grid, f"prepare {partial}", lambda: disk.remove_tree(partial)):
             if self._grid.world_rank == 0:
                 disk.make_folder(self.root)
+                self._pointer()
                 self._recover()
                 for path in self.root.iterdir():
                     if path.suffix in _LEFTOVERS and _NAME.fullmatch(path.stem):
@@ -191,7 +192,7 @@ class CheckpointDirectory:
         return sorted(names, key=_number, reverse=True)
 
     def _read_latest(self) -> str | None:
-        path = self.root / LATEST
+        path = self._pointer()
         try:
             name = path.read_bytes().decode(errors="replace").strip()
         except FileNotFoundError:
@@ -200,6 +201,16 @@ class CheckpointDirectory:
             _log.warning("%s is damaged: it names %r.", path, name)
             return None
         return name
+
+    def _pointer(self) -> Path:
+        """Where `latest` is, or will be."""
+        path = self.root / LATEST
+        if path.is_dir():
+            raise CheckpointError(
+                f"{path} must be a file that names the newest checkpoint, but is a folder. Remove it or give it another "
+                "name: the newest whole checkpoint is used then."
+            )
+        return path
 
     def _recover(self) -> None:
         for path in list(self.root.iterdir()):
@@ -227,7 +238,9 @@ class CheckpointDirectory:
         for name in _share(sizes, self._grid):
             path = folder / name
             try:
-                size, crc = disk.checksum_file(path)
+                size, crc = disk.checksum_file(sealed.file_inside(folder, name, folder / CHECKSUMS))
+            except CheckpointError as error:
+                return str(error)
             except FileNotFoundError:
                 return f"{path} is missing."
             except OSError as error:

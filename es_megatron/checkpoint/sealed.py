@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from es_megatron.errors import CheckpointError
@@ -54,6 +54,29 @@ def check_crc(content: bytes, recorded: object, path: Path) -> None:
     actual = format_crc(zlib.crc32(content))
     if actual != recorded:
         raise CheckpointError(f"{path} is damaged: its content has checksum {actual}, but {recorded} was recorded.")
+
+
+def file_inside(folder: Path, name: object, source: Path) -> Path:
+    """The file of a folder that a document names; following links, it must be inside the folder.
+
+    Args:
+        folder: that the name is relative to.
+        name: what the document says.
+        source: the document, for messages.
+
+    Raises:
+        CheckpointError: the name is absolute, leads upwards, or is that of a link which leads out.
+    """
+    if isinstance(name, str) and name and "\0" not in name:
+        parts = PurePosixPath(name)
+        path = folder / name
+        inside = not parts.is_absolute() and ".." not in parts.parts
+        if inside and path.resolve().is_relative_to(folder.resolve()):
+            return path
+    raise CheckpointError(
+        f"{source} must name files inside {folder}, but names {name!r}. Do not use a checkpoint that you did not make; "
+        "if it is yours, put the file itself where a link stands."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -61,11 +61,15 @@ class LineFile:
         """Write the file anew; the old one stays whole until the new one is."""
         target = self._path.resolve()
         partial = target.with_name(f"{target.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in head)
-            if target.is_file():
-                file.writelines(kept_lines(target, keep))
-        os.replace(partial, target)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in head)
+                if target.is_file():
+                    file.writelines(kept_lines(target, keep))
+            os.replace(partial, target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     def _give_up(self, error: OSError) -> None:
         LOGGER.warning("%s cannot be written (%s): the run goes on without it", self._path, error.strerror)

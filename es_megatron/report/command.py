@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from es_megatron.checkpoint import disk
 from es_megatron.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -96,11 +96,9 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        disk.replace_file(path, content)
     except OSError as error:
         raise ConfigError(
             f"`{path}` cannot be written ({error.strerror}). Name another file with `--output`, or free the folder."

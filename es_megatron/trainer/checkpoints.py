@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from es_megatron.checkpoint.es_state import SaveReport
 from es_megatron.checkpoint.rotation import CheckpointDirectory
 from es_megatron.checkpoint.warm_start import Resumption, WarmStart, read_resumption, start_with_scores
 from es_megatron.core.metrics import RunTotals
+from es_megatron.errors import CheckpointError
 from es_megatron.frameworks.appended import appended_check
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.rank_grid import RankGrid
@@ -94,26 +97,39 @@ class RunCheckpoints:
         engine = backend.engine
         engine.check_copies()
         partial = self._directory.begin(engine.iteration)
-        with agreed(self._world, f"save iteration {engine.iteration}", lambda: None):
-            backend.save(partial / MODEL)
-        own = {"totals": totals.state_dict(), "evaluations": list(evaluations), "settings": comparable(self._settings)}
-        copied = self._in_background and engine.grid.mp_rank == 0
-        writer = engine.writer(partial / ES_STATE, own, copied=copied)
-        if self._in_background:
-            self._pending = BackgroundSave(self._directory, engine.iteration, writer, self._world)
-            return None
-        report = writer.save()
-        return self._told(self._directory.commit(engine.iteration), report)
+        with self._dropped_on_failure(engine.iteration):
+            with agreed(self._world, f"save iteration {engine.iteration}", lambda: None):
+                backend.save(partial / MODEL)
+            own = {"totals": totals.state_dict(), "evaluations": list(evaluations), "settings": comparable(self._settings)}
+            copied = self._in_background and engine.grid.mp_rank == 0
+            writer = engine.writer(partial / ES_STATE, own, copied=copied)
+            if self._in_background:
+                self._pending = BackgroundSave(self._directory, engine.iteration, writer, self._world)
+                return None
+            report = writer.save()
+            return self._told(self._directory.commit(engine.iteration), report)
 
     def advance(self, *, wait: bool = False) -> str | None:
         """Take the next step of a save in the background; returns what to say once it is complete."""
         if self._pending is None:
             return None
-        where = self._pending.advance(wait=wait)
+        with self._dropped_on_failure(self._pending.iteration):
+            where = self._pending.advance(wait=wait)
         if where is None or self._pending.report is None:
             return None
         report, self._pending = self._pending.report, None
         return f"{self._told(where, report)}, in the background"
+
+    @contextmanager
+    def _dropped_on_failure(self, iteration: int) -> Generator[None]:
+        """Leave nothing half-written behind a save that failed, which every rank has heard of when this sees it."""
+        try:
+            yield
+        except CheckpointError:
+            if self._world.world_rank == 0:
+                with suppress(OSError):  # the failure itself is what to tell
+                    self._directory.drop(iteration)
+            raise
 
     def _told(self, where: Path, report: SaveReport) -> str:
         seconds = time.perf_counter() - self._began

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from es_megatron.core.plan import Layout
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.frameworks import deepspeed_common
+from es_megatron.frameworks.data_only import check_folder, data_only
 from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.rank_grid import RankGrid
@@ -34,6 +33,7 @@ from es_megatron.trainer.model_state import random_state, restore_random_state
 from es_megatron.trainer.optimizer import build_scheduler, learning_rate, take_settings
 from es_megatron.trainer.passes import Float32, MicroBatches, calibrate, evaluate
 from es_megatron.trainer.settings import PretrainSettings
+from es_megatron.trainer.universal import convert_to_universal
 
 LOGGER = logging.getLogger(__name__)
 
@@ -157,10 +157,12 @@ class DeepSpeedBackend(Backend):
         with agreed(grid, f"load {directory}"):
             saved = json.loads((directory / LAYOUT).read_text(encoding="utf-8"))
             check_layout(saved, layout_of(self.settings, grid), directory)
-        if saved["data"] == grid.dp_size or saved["zero_stage"] == 0:
-            found = self.deepspeed.load_checkpoint(str(directory), tag=TAG)
-        else:
-            found = self._load_universal(directory)
+        check_folder(directory, grid)
+        with data_only(directory):
+            if saved["data"] == grid.dp_size or saved["zero_stage"] == 0:
+                found = self.deepspeed.load_checkpoint(str(directory), tag=TAG)
+            else:
+                found = self._load_universal(directory)
         if found[0] is None:
             raise CheckpointError(f"`{directory}` holds no DeepSpeed checkpoint `{TAG}`. Use an older one.")
         self.scheduler.num_steps = 0  # loading adds the checkpoint's steps
@@ -353,21 +355,3 @@ def check_layout(saved: Mapping[str, int], now: Mapping[str, int], directory: Pa
 def random_file(grid: RankGrid) -> str:
     """Name of the file of a rank's random states."""
     return f"random-{grid.world_rank:05d}.pt"
-
-
-def convert_to_universal(source: Path, target: Path) -> None:
-    """Run DeepSpeed's converter, in a process of its own since it starts workers.
-
-    Raises:
-        CheckpointError: it failed; with what it said last.
-    """
-    disk.make_folder(target.parent)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or ["nothing"]
-        raise CheckpointError(
-            f"DeepSpeed could not convert `{source}`: {said[-1]}. Go on with as many ranks as saved it."
-        )

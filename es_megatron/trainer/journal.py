@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from es_megatron.checkpoint import disk
 from es_megatron.core.line_file import LineFile
 from es_megatron.core.metrics import LogEntry, plan_facts
 from es_megatron.core.plan import Layout, Plan
@@ -143,10 +143,7 @@ class Journal:
     def summarize(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, whole or not at all."""
         if self._speaks:
-            path = self._directory / "summary.json"
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            disk.replace_file(self._directory / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
 
 
 def open_board(path: Path, start: int) -> Any:

@@ -28,6 +28,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from es_megatron.errors import CheckpointError
+from es_megatron.frameworks.data_only import check_files, check_metadata, data_only
 from es_megatron.trainer.model import settled_weights, unwrap
 from es_megatron.trainer.optimizer_state import METADATA, sharded_optimizer_state
 
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 BRIEF = 400
 """Characters of an upstream error that are repeated."""
+
+COMMON = "common.pt"
+"""Megatron-Core's file of what is not sharded."""
 
 PROBE_BYTES = 1 << 16
 """What every rank writes, and removes, before a checkpoint is begun."""
@@ -96,7 +100,7 @@ def load_model(
         CheckpointError: no such checkpoint, a damaged one, or one of another model.
     """
     directory = Path(directory)
-    with _failures_named(f"Checkpoint `{directory}` could not be loaded", "Use an older one, or its own settings."):
+    with _reading(directory, f"Checkpoint `{directory}` could not be loaded", "Use an older one, or its own settings."):
         if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
             raise CheckpointError(
                 f"`{directory}` holds no complete model checkpoint. Check the path, or use an older one."
@@ -122,7 +126,7 @@ def load_model(
     return int(loaded["iteration"])
 
 
-def load_weights(directory: str | Path, chunks: Sequence[DistributedDataParallel]) -> None:
+def load_weights(directory: Path, chunks: Sequence[DistributedDataParallel]) -> None:
     """Load the weights of a checkpoint alone, in place, under any layout; collective.
 
     Args:
@@ -132,7 +136,7 @@ def load_weights(directory: str | Path, chunks: Sequence[DistributedDataParallel
     Raises:
         CheckpointError: no such checkpoint, a damaged one, or one of another model.
     """
-    with _failures_named(f"The weights of `{directory}` could not be loaded", "Use its own settings."):
+    with _reading(directory, f"The weights of `{directory}` could not be loaded", "Use its own settings."):
         if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
             raise CheckpointError(f"`{directory}` holds no complete model checkpoint. Check the path.")
         state = {
@@ -277,6 +281,16 @@ def _failures_named(what: str, cure: str) -> Generator[None, None, None]:
         raise
     except (Exception, CheckpointException) as error:  # the latter is a bare BaseException
         raise CheckpointError(f"{what}: {_brief(error)}. {cure}") from error
+
+
+@contextmanager
+def _reading(directory: Path, what: str, cure: str) -> Generator[None, None, None]:
+    """Load a checkpoint as data in the body of a `with`, and name it in whatever goes wrong."""
+    with _failures_named(what, cure):
+        check_metadata(directory)
+        check_files([directory / COMMON] if (directory / COMMON).is_file() else [])
+        with data_only(directory):
+            yield
 
 
 def _brief(error: BaseException) -> str:
