@@ -94,9 +94,9 @@ def check_metadata(folder: Path) -> None:
             except CheckpointError:
                 raise
             except Exception as error:  # whatever a damaged pickle brings about
-                raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}. Use an older one.") from error
+                raise _damaged(path, error) from error
         if not isinstance(found, Metadata):
-            raise CheckpointError(f"{path} is damaged: it must hold the metadata of a checkpoint. Use an older one.")
+            raise _damaged(path, TypeError("no metadata of a distributed checkpoint"))
         for name in {getattr(place, "relative_path", None) for place in dict(found.storage_data or {}).values()}:
             file_inside(folder, name, path)
 
@@ -114,7 +114,7 @@ def check_files(files: Iterable[Path]) -> None:
             except OSError:
                 raise
             except Exception as error:  # whatever a damaged file brings about
-                raise CheckpointError(f"{path} must be a file of `torch.save`, but is not: {_brief(error)}.") from error
+                raise _damaged(path, error) from error
             if named:
                 raise not_data(path, min(named))
 
@@ -170,6 +170,13 @@ def not_data(path: Path, named: str) -> CheckpointError:
         f"{path} must hold data alone, but asks for `{named}`, which was not called. Do not use a checkpoint that you "
         "did not make. If this one is yours and holds a class of your own, allow that class by "
         "`torch.serialization.add_safe_globals([...])` before loading."
+    )
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} could not be loaded, it is damaged or of another kind: {type(error).__name__}: {_brief(error)}. "
+        "Use an older checkpoint."
     )
 
 
