@@ -32,6 +32,15 @@ _LEFTOVERS = (disk.PARTIAL, disk.REPLACED, disk.REMOVED)
 _log = logging.getLogger(__name__)
 
 
+def newest_of(root: Path) -> Path | None:
+    """The checkpoint that `latest` in a folder names, ours or DeepSpeed's, unread; None if it names none below it."""
+    try:
+        name = (root / LATEST).read_bytes().decode(errors="replace").strip()
+    except OSError:
+        return None
+    return root / name if sealed.leads_down(name) else None
+
+
 class CheckpointDirectory:
     """Where the checkpoints of one run live. Methods are collective over the world and answer the same everywhere."""
 
@@ -207,8 +216,8 @@ class CheckpointDirectory:
         path = self.root / LATEST
         if path.is_dir():
             raise CheckpointError(
-                f"{path} must be a file that names the newest checkpoint, but is a folder. Remove it or give it another "
-                "name: the newest whole checkpoint is used then."
+                f"{path} must be a file that names the newest checkpoint, but is a folder. Remove it, or give it "
+                "another name: the newest whole checkpoint is used then."
             )
         return path
 

@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from es_megatron.errors import CheckpointError
 
@@ -56,6 +56,13 @@ def check_crc(content: bytes, recorded: object, path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: its content has checksum {actual}, but {recorded} was recorded.")
 
 
+def leads_down(name: object) -> TypeGuard[str]:
+    """Whether a name in a document is that of something below a folder: relative, and never upwards."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+
+
 def file_inside(folder: Path, name: object, source: Path) -> Path:
     """The file of a folder that a document names; following links, it must be inside the folder.
 
@@ -67,12 +74,8 @@ def file_inside(folder: Path, name: object, source: Path) -> Path:
     Raises:
         CheckpointError: the name is absolute, leads upwards, or is that of a link which leads out.
     """
-    if isinstance(name, str) and name and "\0" not in name:
-        parts = PurePosixPath(name)
-        path = folder / name
-        inside = not parts.is_absolute() and ".." not in parts.parts
-        if inside and path.resolve().is_relative_to(folder.resolve()):
-            return path
+    if leads_down(name) and (folder / name).resolve().is_relative_to(folder.resolve()):
+        return folder / name
     raise CheckpointError(
         f"{source} must name files inside {folder}, but names {name!r}. Do not use a checkpoint that you did not make; "
         "if it is yours, put the file itself where a link stands."

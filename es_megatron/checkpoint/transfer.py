@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_megatron.checkpoint.es_state import Reader, read_manifest
+from es_megatron.checkpoint.rotation import newest_of
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import CheckpointError
 
@@ -128,12 +129,12 @@ def find_scores(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    candidates = [path, path / "es_state"]
-    for root in (path, path / "checkpoints"):
-        try:
-            candidates.append(root / (root / "latest").read_text(encoding="utf-8").strip() / "es_state")
-        except OSError:
-            continue
+    newest = [newest_of(root) for root in (path, path / "checkpoints")]
+    candidates = [
+        path,
+        path / "es_state",
+        *(checkpoint / "es_state" for checkpoint in newest if checkpoint is not None),
+    ]
     for folder in candidates:
         if (folder / "manifest.json").is_file():
             return folder

@@ -1,7 +1,7 @@
 """Checkpoints are read as data: nothing that their files name is run but what makes up tensors and plain values.
 
-torch's own files are pickles, and a pickle may name any function and have it called. Upstream loads some of them
-without a check (DeepSpeed's states, the objects in Megatron-Core's shards, the `.metadata` of a distributed checkpoint).
+torch's own files are pickles, and a pickle may name any function and have it called. Upstream loads some without a
+check: DeepSpeed's states, the objects in Megatron-Core's shards, the `.metadata` of a distributed checkpoint.
 """
 
 from __future__ import annotations

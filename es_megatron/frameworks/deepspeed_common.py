@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from es_megatron.checkpoint import disk
-from es_megatron.checkpoint.agreement import agreed
+from es_megatron.checkpoint.agreement import agreed, compute_on_first
+from es_megatron.checkpoint.es_state import read_manifest, read_state
+from es_megatron.checkpoint.sealed import leads_down
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config.names import SECTION, block_in
@@ -28,6 +30,7 @@ from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError, LossError
+from es_megatron.frameworks.data_only import check_folder, data_only
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.rate import scaled_steps
@@ -238,31 +241,69 @@ class DeepSpeedSampling(Handle, ABC):
         return bool(done)
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None, *args: Any, **more: Any) -> Any:
-        """DeepSpeed's `load_checkpoint`, and the ES state of that tag; collective.
+        """DeepSpeed's `load_checkpoint`, of data alone, and the ES state of that tag; collective.
 
         Args:
             load_dir: as DeepSpeed's.
-            tag: as DeepSpeed's.
+            tag: as DeepSpeed's; None: the one `latest` names, or where that is gone the newest that is there.
             args: passed on.
             more: passed on, but `es_state=False`, which leaves the ES state as it is (a checkpoint of a plain run).
 
         Raises:
-            CheckpointError: the tag has no ES state, or it is damaged or of another run.
+            CheckpointError: the tag has no ES state, or it is damaged or of another run; or a file names something to
+                call, see `data_only`.
         """
-        es_state = more.pop("es_state", True)
-        tag = tag if tag is not None else self._latest(Path(load_dir))
-        with universal_mended(self.deepspeed) if self.deepspeed.load_universal_checkpoint() else nullcontext():
+        es_state, folder, grid = more.pop("es_state", True), Path(load_dir), self.engine.grid
+        universal = bool(self.deepspeed.load_universal_checkpoint())
+        if tag is None:
+            tag = compute_on_first(
+                grid, f"find the newest checkpoint in {folder}", lambda: newest_tag(folder, universal)
+            )
+        if tag is not None:
+            check_folder(folder / str(tag), grid)
+        with universal_mended(self.deepspeed) if universal else nullcontext(), data_only(folder):
             found = self._own_load(str(load_dir), tag, *args, **more)
         if es_state and tag is not None and found[0] is not None:
             self.load(state_folder(Path(load_dir), str(tag)))
         return found
 
-    def _latest(self, folder: Path) -> str | None:
-        name = LATEST + (UNIVERSAL if self.deepspeed.load_universal_checkpoint() else "")
-        try:
-            return (folder / name).read_text(encoding="utf-8").strip()
-        except OSError:
-            return None  # DeepSpeed tells
+
+def newest_tag(directory: Path, universal: bool) -> str | None:
+    """The tag that `latest` names; if that is gone or damaged, the newest tag with an ES state, and a warning.
+
+    Args:
+        directory: that holds the tags' folders.
+        universal: whether universal checkpoints are looked for, which have a `latest_universal`.
+
+    Returns:
+        None if there is neither `latest` nor a tag with an ES state: DeepSpeed tells.
+    """
+    suffix = UNIVERSAL if universal else ""
+    path = directory / f"{LATEST}{suffix}"
+    try:
+        named = path.read_bytes().decode(errors="replace").strip()
+    except OSError as error:
+        named, problem = None, f"cannot be read ({error.strerror})"
+    else:
+        if leads_down(named) and (directory / named).is_dir():
+            return named
+        problem = f"names {named!r}, which is missing"
+    states = [(_iteration(each), each.parent.name) for each in directory.glob(f"*/{ES_STATE}")]
+    left = [tag + suffix for _, tag in sorted(states, reverse=True) if (directory / (tag + suffix)).is_dir()]
+    if not left:
+        return None if named is None or not leads_down(named) else named
+    if named is not None or path.exists():
+        LOGGER.warning("%s %s. Falling back to the newest checkpoint there is, %s.", path, problem, left[0])
+        return left[0]
+    return None
+
+
+def _iteration(state: Path) -> int:
+    """Iterations that an ES state has seen; -1 if it cannot be read."""
+    try:
+        return int(read_state(state, read_manifest(state))["engine"]["iteration"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return -1
 
 
 def state_folder(directory: Path, tag: str) -> Path:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from es_megatron.checkpoint.agreement import agreed, compute_on_first
+from es_megatron.checkpoint.rotation import newest_of
 from es_megatron.checkpoint.row_scoring import RowScoring, Scored, about_losses
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.frameworks.megatron_core import rank_grid_of_parallel_state
@@ -46,15 +47,12 @@ def find_model(path: Path, overrides: Sequence[str]) -> Model:
         CheckpointError: there is none.
     """
     run = path.parent.parent if path.parent.name == "checkpoints" else path
-    checkpoint = path
-    if run == path:
-        latest = run / "checkpoints" / "latest"
-        if not latest.is_file():
-            raise CheckpointError(
-                f"`{path}` must be the folder of a run of `es-megatron pretrain` or `es-megatron reference train`, or "
-                "one of its checkpoints, but has no `checkpoints/latest`. Check the path."
-            )
-        checkpoint = run / "checkpoints" / latest.read_text(encoding="utf-8").strip()
+    checkpoint = newest_of(run / "checkpoints") if run == path else path
+    if checkpoint is None:
+        raise CheckpointError(
+            f"`{path}` must be the folder of a run of `es-megatron pretrain` or `es-megatron reference train`, or "
+            "one of its checkpoints, but has no `checkpoints/latest` that names one. Check the path."
+        )
     settings = load_settings(run / SETTINGS, overrides)
     if settings.backend != "megatron":
         raise ConfigError(

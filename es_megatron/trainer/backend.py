@@ -8,7 +8,30 @@ from typing import Any, NamedTuple, Protocol
 
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.plan import Layout
+from es_megatron.errors import CheckpointError
 from es_megatron.frameworks.feed import Rows
+
+MARKS = {"megatron": "metadata.json", "deepspeed": "layout.json"}
+"""The file by which the model folder of each backend's checkpoints is known."""
+
+
+def check_backend(directory: Path, backend: str) -> None:
+    """Refuse the model of another backend.
+
+    Args:
+        directory: a checkpoint's folder of the model.
+        backend: of this run.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    found = [name for name, mark in MARKS.items() if (directory / mark).is_file()]
+    if found and backend not in found:
+        raise CheckpointError(
+            f"Checkpoint `{directory.parent}` was saved with `backend: {found[0]}`, but this run has `backend: "
+            f"{backend}`. Set it as it was, or begin a new run in another folder; its scores can be carried over by "
+            "`evolved_sampling.scores.initial`."
+        )
 
 
 class Iteration(NamedTuple):

@@ -21,7 +21,7 @@ from es_megatron.errors import CheckpointError
 from es_megatron.frameworks.appended import appended_check
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.rank_grid import RankGrid
-from es_megatron.trainer.backend import Backend
+from es_megatron.trainer.backend import Backend, check_backend
 from es_megatron.trainer.changes import changes, comparable
 from es_megatron.trainer.settings import PretrainSettings
 
@@ -38,7 +38,7 @@ class RunCheckpoints:
         """Look for the newest checkpoint, and whether it is of this blend.
 
         Raises:
-            CheckpointError: no checkpoint can be used, or the newest is of another blend and must not be used with it.
+            CheckpointError: no checkpoint can be used, or the newest is of another blend or backend.
         """
         run = settings.run
         self._in_background = run.background_save
@@ -47,6 +47,8 @@ class RunCheckpoints:
         self._found = self._directory.find() if run.resume else None
         self._resumption: Resumption | None = None
         if self._found is not None:
+            with agreed(world, f"resume from {self._found}"):
+                check_backend(self._found / MODEL, settings.backend)
             self._resumption = read_resumption(
                 self._found / ES_STATE,
                 blend.manifest,
@@ -100,7 +102,11 @@ class RunCheckpoints:
         with self._dropped_on_failure(engine.iteration):
             with agreed(self._world, f"save iteration {engine.iteration}", lambda: None):
                 backend.save(partial / MODEL)
-            own = {"totals": totals.state_dict(), "evaluations": list(evaluations), "settings": comparable(self._settings)}
+            own = {
+                "totals": totals.state_dict(),
+                "evaluations": list(evaluations),
+                "settings": comparable(self._settings),
+            }
             copied = self._in_background and engine.grid.mp_rank == 0
             writer = engine.writer(partial / ES_STATE, own, copied=copied)
             if self._in_background:

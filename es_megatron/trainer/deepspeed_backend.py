@@ -28,7 +28,7 @@ from es_megatron.frameworks.feed import Rows
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer import model
-from es_megatron.trainer.backend import Backend, Iteration
+from es_megatron.trainer.backend import MARKS, Backend, Iteration
 from es_megatron.trainer.model_state import random_state, restore_random_state
 from es_megatron.trainer.optimizer import build_scheduler, learning_rate, take_settings
 from es_megatron.trainer.passes import Float32, MicroBatches, calibrate, evaluate
@@ -38,7 +38,6 @@ from es_megatron.trainer.universal import convert_to_universal
 LOGGER = logging.getLogger(__name__)
 
 TAG = "model"
-LAYOUT = "layout.json"
 NEVER = 1 << 40
 
 
@@ -143,7 +142,7 @@ class DeepSpeedBackend(Backend):
         with agreed(grid, f"save random states in {directory}"):
             torch.save(random_state(), directory / random_file(grid))
             if grid.world_rank == 0:
-                disk.write_file(directory / LAYOUT, [json.dumps(layout_of(self.settings, grid)).encode()])
+                disk.write_file(directory / MARKS["deepspeed"], [json.dumps(layout_of(self.settings, grid)).encode()])
 
     @override
     def load(self, directory: Path) -> None:
@@ -155,7 +154,7 @@ class DeepSpeedBackend(Backend):
         grid = self.engine.grid
         saved: dict[str, int] = {}
         with agreed(grid, f"load {directory}"):
-            saved = json.loads((directory / LAYOUT).read_text(encoding="utf-8"))
+            saved = json.loads((directory / MARKS["deepspeed"]).read_text(encoding="utf-8"))
             check_layout(saved, layout_of(self.settings, grid), directory)
         check_folder(directory, grid)
         with data_only(directory):

@@ -1,4 +1,4 @@
-"""Nothing that a checkpoint's files name is run: in each file of both backends, by each instruction that can name it."""
+"""Nothing that a checkpoint's files name is run, in no file of either backend, by whichever instruction it is named."""
 
 from __future__ import annotations
 

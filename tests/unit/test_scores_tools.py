@@ -165,6 +165,15 @@ def test_exported_scores_come_back_by_import(tmp_path: Path, capsys: Any) -> Non
         ({"row": -1}, "row -1"),
         ({"score": float("nan")}, "score nan"),
         ({"score": -0.5}, "score -0.5"),
+        ({"score": float("nan"), "visits": 3}, "score nan"),
+        ({"score": "high"}, "Column `score` of .* must hold numbers"),
+        ({"row": 1.5}, "Column `row` of .* must hold whole numbers"),
+        ({"row": None}, "Column `row` of .* must have a value in every row, but lacks 1"),
+        ({"visits": -1}, r"`visits` .* must be in \[0, 255\], but row 3 has -1"),
+        ({"visits": 300}, r"`visits` .* must be in \[0, 255\], but row 3 has 300"),
+        ({"visits": 2.5}, "Column `visits` of .* must hold whole numbers"),
+        ({"visits": None}, "Column `visits` of .* lacks 1"),
+        ({"seq_length": 2 * T}, "`--seq-length` must be 32 for the scores of .*, but is 16"),
         ({"drop": "row"}, "`row` is missing"),
     ],
 )
@@ -181,6 +190,32 @@ def test_a_table_that_makes_no_sense_is_refused(tmp_path: Path, capsys: Any, cha
 
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("block", [1, 100], ids=["in two blocks", "in one"])
+def test_a_row_that_stands_twice_is_refused(block: int, tmp_path: Path, capsys: Any) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    blend = write_blend(tmp_path)
+    rows = [{"component": "a", "row": row, "score": 1.5} for row in (3, 4, 3)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=block)
+    command = ["scores", "import", str(tmp_path / "t.parquet"), str(tmp_path / "out"), "--blend", str(blend)]
+    assert main([*command, "--seq-length", str(T)]) == 2
+    assert "Each row of `a` must stand once" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_one_sequence_length_are_refused_at_another(tmp_path: Path, capsys: Any) -> None:
+    """Also where every row of the shorter table is one of the longer blend."""
+    pytest.importorskip("pyarrow")
+    from es_megatron.frameworks.megatron_data import load_blend
+
+    blend = write_blend(tmp_path)
+    save(tmp_path / "state", load_blend(blend, 2 * T).manifest)
+    assert main(["scores", "export", str(tmp_path / "state"), str(tmp_path / "t.parquet")]) == 0
+    command = ["scores", "import", str(tmp_path / "t.parquet"), str(tmp_path / "out"), "--blend", str(blend)]
+    assert main([*command, "--seq-length", str(T)]) == 2
+    assert f"`--seq-length` must be {2 * T}" in capsys.readouterr().err
+    assert main([*command, "--seq-length", str(2 * T)]) == 0
 
 
 def test_a_score_without_visits_counts_as_settled(tmp_path: Path, capsys: Any) -> None:
