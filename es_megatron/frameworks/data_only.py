@@ -119,17 +119,20 @@ def check_files(files: Iterable[Path]) -> None:
                 raise not_data(path, min(named))
 
 
-def check_folder(folder: Path, grid: RankGrid) -> None:
-    """Do both for all files below a folder, each on one rank; collective.
+def check_folder(folder: Path, grid: RankGrid, pattern: str = "*.pt") -> None:
+    """Check all files of `torch.save` below a folder, each on one rank; collective.
+
+    Args:
+        folder: of the checkpoint.
+        grid: the ranks.
+        pattern: names of the files that will be loaded.
 
     Raises:
         CheckpointError: on every rank; so none of them waits in a load that another has refused.
     """
     with agreed(grid, f"load {folder}"):
-        files = sorted(folder.rglob("*.pt"))
+        files = sorted(folder.rglob(pattern))
         check_files(files[grid.world_rank :: grid.world_size])
-        for metadata in sorted(folder.rglob(".metadata"))[grid.world_rank :: grid.world_size]:
-            check_metadata(metadata.parent)
 
 
 @contextmanager

@@ -47,6 +47,8 @@ LOGGER = logging.getLogger(__name__)
 ES_STATE = "es_state"
 LATEST = "latest"
 UNIVERSAL = "_universal"
+STATES = "*_states.pt"
+"""DeepSpeed's files in a tag's folder; a user may have put others there."""
 
 FEATURES: Mapping[str, Callable[[Any], Any]] = {
     "curriculum_learning": lambda engine: (
@@ -260,7 +262,7 @@ class DeepSpeedSampling(Handle, ABC):
                 grid, f"find the newest checkpoint in {folder}", lambda: newest_tag(folder, universal)
             )
         if tag is not None:
-            check_folder(folder / str(tag), grid)
+            check_folder(folder / str(tag), grid, STATES)
         with universal_mended(self.deepspeed) if universal else nullcontext(), data_only(folder):
             found = self._own_load(str(load_dir), tag, *args, **more)
         if es_state and tag is not None and found[0] is not None:
@@ -276,7 +278,10 @@ def newest_tag(directory: Path, universal: bool) -> str | None:
         universal: whether universal checkpoints are looked for, which have a `latest_universal`.
 
     Returns:
-        None if there is neither `latest` nor a tag with an ES state: DeepSpeed tells.
+        None if there is no `latest`: DeepSpeed tells.
+
+    Raises:
+        CheckpointError: what it names is gone, and nothing else is left.
     """
     suffix = UNIVERSAL if universal else ""
     path = directory / f"{LATEST}{suffix}"
@@ -289,13 +294,17 @@ def newest_tag(directory: Path, universal: bool) -> str | None:
             return named
         problem = f"names {named!r}, which is missing"
     states = [(_iteration(each), each.parent.name) for each in directory.glob(f"*/{ES_STATE}")]
-    left = [tag + suffix for _, tag in sorted(states, reverse=True) if (directory / (tag + suffix)).is_dir()]
+    tags = [tag + suffix for iteration, tag in sorted(states, reverse=True) if iteration >= 0]
+    left = [tag for tag in tags if (directory / tag).is_dir()]
+    if named is None and not path.exists():
+        return None
     if not left:
-        return None if named is None or not leads_down(named) else named
-    if named is not None or path.exists():
-        LOGGER.warning("%s %s. Falling back to the newest checkpoint there is, %s.", path, problem, left[0])
-        return left[0]
-    return None
+        raise CheckpointError(
+            f"{path} {problem}, and no other tag in {directory} has an `{ES_STATE}`. Restore it from a copy, or pass the "
+            "tag to load."
+        )
+    LOGGER.warning("%s %s. Falling back to the newest checkpoint there is, %s.", path, problem, left[0])
+    return left[0]
 
 
 def _iteration(state: Path) -> int:

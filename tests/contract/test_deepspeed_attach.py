@@ -1,6 +1,7 @@
 """`attach` on a `DeepSpeedEngine` of one's own: a model that is not Megatron's, settings from the JSON, checkpoints."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from es_megatron.checkpoint import disk
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import CheckpointError, ConfigError, LossError
-from es_megatron.frameworks.deepspeed_common import check_engine, mean_loss, prepare
+from es_megatron.frameworks.deepspeed_common import check_engine, mean_loss, newest_tag, prepare
 from es_megatron.frameworks.deepspeed_engine import attach, logits_token_losses
 from tests.es_config import es_config
 from tests.ranks_helper import run_on_ranks
@@ -235,6 +236,54 @@ def test_a_checkpoint_carries_the_es_state_before_latest_names_it(stage, tmp_pat
         assert "global_step6" in path
         assert chosen_again == chosen
         assert torch.equal(weights, weights_again)
+
+
+@pytest.mark.parametrize("spoiled", ["deleted", "folder", "outside"])
+def test_latest_that_names_nothing_falls_back_to_the_newest_tag(spoiled, tmp_path):
+    def body():
+        sampling = attached(json_of(1))
+        for _ in range(4):
+            sampling.step()
+            sampling.deepspeed.save_checkpoint(str(tmp_path), tag=f"after{sampling.engine.iteration}")
+        if dist.get_rank() == 0:
+            if spoiled == "deleted":
+                shutil.rmtree(tmp_path / "after4")
+            else:
+                (tmp_path / "latest").unlink()
+                (tmp_path / "latest").mkdir() if spoiled == "folder" else (tmp_path / "latest").write_text("../after4")
+        dist.barrier()
+        sampling = attached(json_of(1))
+        path, _ = sampling.deepspeed.load_checkpoint(str(tmp_path))
+        return path, sampling.engine.iteration
+
+    expected = 3 if spoiled == "deleted" else 4
+    for path, iteration in run_on_ranks(2, body, timeout=SECONDS):
+        assert f"after{expected}" in path
+        assert iteration == expected
+
+
+def test_latest_that_names_nothing_where_nothing_is_left_is_refused(tmp_path):
+    (tmp_path / "latest").write_text("global_step7")
+    with pytest.raises(CheckpointError, match=r"latest names 'global_step7', which is missing, and no other tag"):
+        newest_tag(tmp_path, universal=False)
+
+
+class Own:
+    """What a user may have in their client state."""
+
+
+def test_a_class_of_the_user_is_loaded_once_they_allow_it(tmp_path):
+    def body():
+        sampling = attached(json_of(1))
+        sampling.step()
+        sampling.deepspeed.save_checkpoint(str(tmp_path), tag="mine", client_state={"own": Own()})
+        with pytest.raises(CheckpointError, match=r"model_states\.pt must hold data alone, but asks for `.*Own`"):
+            sampling.deepspeed.load_checkpoint(str(tmp_path))
+        with torch.serialization.safe_globals([Own]):
+            _, state = sampling.deepspeed.load_checkpoint(str(tmp_path))
+        return isinstance(state["own"], Own)
+
+    assert run_on_ranks(2, body, timeout=SECONDS) == [True, True]
 
 
 def test_a_checkpoint_without_es_state_is_refused_unless_asked_for(tmp_path):
