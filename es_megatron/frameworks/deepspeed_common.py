@@ -300,8 +300,8 @@ def newest_tag(directory: Path, universal: bool) -> str | None:
         return None
     if not left:
         raise CheckpointError(
-            f"{path} {problem}, and no other tag in {directory} has an `{ES_STATE}`. Restore it from a copy, or pass the "
-            "tag to load."
+            f"{path} {problem}, and no other tag in {directory} has an `{ES_STATE}`. Restore it from a copy, or pass "
+            "the tag to load."
         )
     LOGGER.warning("%s %s. Falling back to the newest checkpoint there is, %s.", path, problem, left[0])
     return left[0]

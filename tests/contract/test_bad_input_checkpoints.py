@@ -110,11 +110,23 @@ def check_full(told: list[str], saved: Path, blend: Path, said: str) -> None:
     """Both ranks said the same, nothing half-written counts, and the run goes on from the older checkpoint."""
     assert len(set(told)) == 1
     assert said in told[0]
-    names = sorted(path.name for path in (saved / "checkpoints").iterdir() if path.suffix != ".partial")
+    names = sorted(path.name for path in (saved / "checkpoints").iterdir())
     assert names == ["iter_0000004", "latest"]
     rest = run_on_ranks(2, train, settings_of(blend, saved))
     assert rest[0].summary["finished"]
     assert len(rest[0].chosen) == rest[0].summary["iterations"] - 4
+
+
+def test_latest_that_is_a_folder(saved: Path, blend: Path) -> None:
+    (saved / "checkpoints" / "latest").unlink()
+    (saved / "checkpoints" / "latest").mkdir()
+    message = told_by_every_rank(2, settings_of(blend, saved), CheckpointError)
+    assert "latest must be a file that names the newest checkpoint, but is a folder. Remove it" in message
+
+
+def test_the_checkpoint_of_the_other_backend(saved: Path, blend: Path) -> None:
+    message = told_by_every_rank(2, settings_of(blend, saved, "backend=deepspeed"), CheckpointError)
+    assert "iter_0000004` was saved with `backend: megatron`, but this run has `backend: deepspeed`" in message
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs the right to mount a small file system")

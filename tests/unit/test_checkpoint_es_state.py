@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from es_megatron.algorithm.ownership import shard_bounds
-from es_megatron.checkpoint import EsState, ScoreRange, check_manifest, disk, es_state, load_es_state, save_es_state
+from es_megatron.checkpoint import (
+    EsState,
+    ScoreRange,
+    check_manifest,
+    disk,
+    es_state,
+    load_es_state,
+    save_es_state,
+    sealed,
+)
 from es_megatron.errors import CheckpointError
 from es_megatron.rank_grid import RankGrid
 from tests.checkpoint_helper import MANIFEST, MASKS, Disk, make_scores, on_threads, own_scores
@@ -282,3 +291,24 @@ def test_a_crash_between_the_two_renames_is_mended_when_loading(saved: Path) -> 
     saved.rename(saved.with_name("es_state.replaced"))
     check_whole([load_es_state(saved, 103, ALONE)], 103)
     assert [path.name for path in saved.parent.iterdir()] == ["es_state"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "outside/../../outside", "link", "", 7, "a\0b"])
+def test_a_manifest_that_names_files_outside_its_folder_is_refused(name: object, tmp_path: Path) -> None:
+    folder = tmp_path / "es_state"
+    save(folder, 103, 1)
+    (tmp_path / "outside").write_bytes(next(folder.glob("scores-*")).read_bytes())
+    (folder / "link").symlink_to(tmp_path / "outside")
+    document = sealed.read_sealed(folder / "manifest.json")
+    for tensor, entry in document["tensors"].items():
+        entry["file"] = name if tensor.startswith("score") else entry["file"]
+    (folder / "manifest.json").write_bytes(sealed.seal(document))
+    with pytest.raises(CheckpointError, match="must name files inside"):
+        load_es_state(folder, 103, ALONE)
+
+
+def test_an_absolute_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="must name files inside"):
+        sealed.file_inside(tmp_path, str(tmp_path / "file"), tmp_path / "manifest.json")
+    assert sealed.file_inside(tmp_path, "file", tmp_path / "manifest.json") == tmp_path / "file"
