@@ -201,7 +201,7 @@ def test_no_file_of_a_forged_checkpoint_runs_anything(saved: tuple[Path, list[st
         path.write_bytes(before)
     seal_again(checkpoint)
     assert not marker.exists()
-    assert len(files) >= (2 if options == BACKENDS["megatron"] else 5)
+    assert len(files) >= (1 if options == BACKENDS["megatron"] else 5)  # no `common.pt` since Megatron-Core 0.19
 
 
 def test_no_object_in_a_shard_runs_anything(blend: Path, tmp_path: Path):
