@@ -7,10 +7,12 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import io
 import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -172,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(chosen.rest)
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the locale: a name that it cannot spell ends no command
+        with suppress(OSError):  # it is closed
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return int(act(parsed))
     except EsError as error:

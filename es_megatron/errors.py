@@ -29,3 +29,7 @@ class LayoutError(EsError):
 
 class PatchError(EsError):
     """An upstream is not as the patches of it rely on: version, missing name, changed signature."""
+
+
+class PeerError(EsError):
+    """Another rank of the job has failed, or cannot be reached any more."""

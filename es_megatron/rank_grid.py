@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -49,20 +50,21 @@ class RankGrid:
             places: places[d][m] is the world rank of data-parallel rank d and model-parallel rank m.
 
         Returns:
-            This process's place.
+            This process's place. Its groups have the time-out of the default group.
         """
         if len(places) * len(places[0]) == 1:
             return RankGrid.alone()
         me = dist.get_rank()
+        timeout = default_timeout()
         members: dict[str, list[int]] = {"world": sorted(rank for row in places for rank in row)}
-        groups: dict[str, Any] = {"world": dist.new_group(members["world"], backend="gloo")}
+        groups: dict[str, Any] = {"world": dist.new_group(members["world"], backend="gloo", timeout=timeout)}
         place = next((d, m) for d, row in enumerate(places) for m, rank in enumerate(row) if rank == me)
         for row in places:
-            group = dist.new_group(list(row), backend="gloo")
+            group = dist.new_group(list(row), backend="gloo", timeout=timeout)
             if me in row:
                 groups["mp"], members["mp"] = group, list(row)
         for column in zip(*places, strict=True):
-            group = dist.new_group(list(column), backend="gloo")
+            group = dist.new_group(list(column), backend="gloo", timeout=timeout)
             if me in column:
                 groups["dp"], members["dp"] = group, list(column)
         return RankGrid(
@@ -150,3 +152,15 @@ class RankGrid:
         tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
         dist.broadcast(tensor, src=self._members[axis][source], group=self._groups[axis])
         return tensor.numpy()
+
+
+def default_timeout() -> timedelta | None:
+    """How long a collective of the default group may take; None where the group does not tell.
+
+    A new group has 30 minutes otherwise, whatever the job's own groups have.
+    """
+    group: Any = dist.group.WORLD
+    try:
+        return group._get_backend(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")).options._timeout
+    except (AttributeError, RuntimeError):  # a backend that is none of torch's
+        return None

@@ -53,7 +53,8 @@ def train(settings: PretrainSettings, stop_at: int | None = None) -> Trace:
         trace.loss.append(record.meta_loss)
         trace.trained.append(done.loss_sum / done.loss_count if done.loss_count else math.nan)
         trace.norm.append(done.norm)
-        trainer._stop = trainer.engine.iteration == stop_at
+        if trainer.engine.iteration == stop_at:
+            trainer.alarm.ask_to_stop()
         return done
 
     trainer.backend.iterate = watched

@@ -28,7 +28,12 @@ _CURES = {
 
 @contextmanager
 def agreed(
-    grid: RankGrid, task: str, undo: Callable[[], None] | None = None, *, kind: type[EsError] = CheckpointError
+    grid: RankGrid,
+    task: str,
+    undo: Callable[[], None] | None = None,
+    *,
+    kind: type[EsError] = CheckpointError,
+    tell: Callable[[Exception], None] | None = None,
 ) -> Generator[None]:
     """Do the body on every rank; return on every rank or raise on every rank.
 
@@ -39,6 +44,8 @@ def agreed(
         task: what the body does, for the message: "write the scores".
         undo: called on world rank 0 after a failure, when no rank is in the body any more.
         kind: what a failure is.
+        tell: called with a failure at once, before the ranks meet. A body with collectives of its own needs it: the
+            other ranks may wait in one of them, and would never come to the end.
 
     Raises:
         EsError: of that kind, if the body failed on any rank; it names the ranks and what they said.
@@ -48,7 +55,14 @@ def agreed(
         yield
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         cause = error
-    problems: list[str | None] = grid.gather_objects(None if cause is None else describe(cause))
+        if tell is not None:
+            tell(error)
+    try:
+        problems: list[str | None] = grid.gather_objects(None if cause is None else describe(cause))
+    except RuntimeError:
+        if cause is None:
+            raise
+        raise kind(f"Could not {task}: {describe(cause)}") from cause  # the others are gone; this is why
     failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None]
     if not failed:
         return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -12,10 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from es_megatron.data.sampler import MetaBatch, Sampler
-from es_megatron.errors import ConfigError
+from es_megatron.errors import ConfigError, DataError
 
 Int64 = npt.NDArray[np.int64]
 Sample = Mapping[str, Tensor]
+LOGGER = logging.getLogger(__name__)
+
+KILLED = "DataLoader worker (pid"
+"""What torch says of a worker that is gone."""
+STARTS = 3
+"""How often the loader of one iteration is tried."""
 
 
 class Rows(Protocol):
@@ -69,8 +78,23 @@ class MetaBatchFeed:
             return
         if self._loader is None or self._next != batch.iteration:
             self._loader = self._start(batch.iteration)
-        self._held = cast(dict[str, Tensor], next(self._loader))
+        self._held = self._read(self._loader, batch.iteration)
         self._batch, self._next = batch, batch.iteration + 1
+
+    def _read(self, loader: Iterator[Any], iteration: int) -> dict[str, Tensor]:
+        """Take the next rows; workers that were killed are started again, and read the same."""
+        for _ in range(STARTS):
+            try:
+                return cast(dict[str, Tensor], next(loader))
+            except RuntimeError as error:
+                if KILLED not in str(error):  # what a worker raised comes through as it is
+                    raise
+                LOGGER.warning("%s; the loader of iteration %d starts again", str(error).rstrip("."), iteration)
+            self._loader = loader = self._start(iteration)
+        raise DataError(
+            f"Loader workers were killed {STARTS} times in a row at iteration {iteration}. Is there enough memory, "
+            "also under /dev/shm? Use fewer workers (`num_workers`), or 0, which reads in the training process."
+        )
 
     def micro_batches(self, positions: Int64, size: int) -> list[dict[str, Tensor]]:
         """Pack positions of the held meta-batch into micro-batches.
@@ -115,7 +139,12 @@ class MetaBatchFeed:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # a loader that starts draws a seed: not from the model's dropout
         )
-        return iter(loader)
+        before = signal.getsignal(signal.SIGCHLD)
+        started = iter(loader)
+        if self._workers and threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever training happens to be when a worker is killed; without it `next` does.
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        return started
 
     def _ids_from(self, iteration: int) -> Any:
         return OwnIds(self._sampler, self._own, iteration)

@@ -158,7 +158,7 @@ def _begin(args: Namespace, dialect: Dialect, switches: Switches, manifest: Mani
         _restore(run, Path(at.folder))
     changes = length.shorten(args, at.started_at + engine.plan.schedule.iterations)
     if engine.grid.world_rank == 0:
-        run.audit = None if switches.audit is None else Audit(switches.audit, run.iteration)
+        run.audit = None if switches.audit is None else Audit(switches.audit, run.started_at + 1, run.iteration)
         _print_plan(run, changes)
     _run = run
 

@@ -37,7 +37,10 @@ def run_reference(arguments: argparse.Namespace) -> int:
     from es_megatron.testing import cpu
 
     cpu.install()
-    return int(arguments.act(arguments))
+    from es_megatron.trainer.alarm import ending_soon
+
+    with ending_soon():
+        return int(arguments.act(arguments))
 
 
 def _say(text: str) -> None:
@@ -48,7 +51,7 @@ def _say(text: str) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from es_megatron.reference.overlap import held_out_and_trained
     from es_megatron.reference.training import prepare_texts, reference_settings
-    from es_megatron.trainer.loop import Trainer, stop
+    from es_megatron.trainer.loop import Trainer, ending_together
 
     if arguments.text and arguments.train_blend is not None:
         raise ConfigError("One of `--text` and `--train-blend` must be left out: the reference trains on one of them.")
@@ -67,12 +70,10 @@ def _train(arguments: argparse.Namespace) -> int:
                 "reference, too, so a choice by it will look better in validation than it is. Leave them out of it."
             )
     settings = reference_settings(blend, arguments.output, arguments.seq_length, arguments.config, arguments.overrides)
-    try:
-        trainer = Trainer(settings)
+    with ending_together() as alarm:
+        trainer = Trainer(settings, alarm)
         _say(trainer.size_and_time())
         finished = trainer.run()["finished"]
-    finally:
-        stop()
     if not finished:
         return STOPPED
     _say(
@@ -85,9 +86,9 @@ def _train(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace) -> int:
     from es_megatron.checkpoint.row_scoring import told
     from es_megatron.reference.scoring import score_blend
-    from es_megatron.trainer.backends import stop
+    from es_megatron.trainer.loop import ending_together
 
-    try:
+    with ending_together() as alarm:
         done = score_blend(
             arguments.model,
             arguments.blend,
@@ -96,9 +97,8 @@ def _score(arguments: argparse.Namespace) -> int:
             micro_batch_size=arguments.micro_batch_size,
             overrides=arguments.overrides,
             say=_say,
+            alarm=alarm,
         )
-    finally:
-        stop()
     _say(told(arguments.output, done))
     _say(
         f"Choose by it: evolved_sampling.reference={arguments.output} evolved_sampling.selection.policy=reducible "

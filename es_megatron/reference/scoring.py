@@ -16,6 +16,7 @@ from es_megatron.checkpoint.row_scoring import RowScoring, Scored, about_losses
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.frameworks.megatron_core import rank_grid_of_parallel_state
 from es_megatron.frameworks.megatron_data import load_blend
+from es_megatron.trainer.alarm import Alarm
 from es_megatron.trainer.backends import start
 from es_megatron.trainer.model import build_model
 from es_megatron.trainer.model_state import load_weights
@@ -71,6 +72,7 @@ def score_blend(
     micro_batch_size: int | None = None,
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = print,
+    alarm: Alarm | None = None,
 ) -> Scored:
     """Score what of a blend has no loss of this model yet; collective.
 
@@ -82,6 +84,7 @@ def score_blend(
         micro_batch_size: sequences in a pass; None: that of the model's run.
         overrides: settings over those of the model's run, such as its layout.
         say: is told of the progress, on world rank 0.
+        alarm: of `ending_together`, so that ranks end together.
 
     Raises:
         EsError: on every rank, naming the thing and the cure.
@@ -93,6 +96,8 @@ def score_blend(
     if tokens is not None and not 1 <= tokens <= length:
         raise ConfigError(f"`--tokens` must be in [1, {length}], the model's sequence length, but is {tokens} instead.")
     start(settings)
+    if alarm is not None:
+        alarm.connect()
     grid, source = rank_grid_of_parallel_state()
     with agreed(grid, "open the data"):
         blend = load_blend(blend_file, length)

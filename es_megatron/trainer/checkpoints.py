@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from es_megatron.checkpoint.es_state import SaveReport
 from es_megatron.checkpoint.rotation import CheckpointDirectory
 from es_megatron.checkpoint.warm_start import Resumption, WarmStart, read_resumption, start_with_scores
 from es_megatron.core.metrics import RunTotals
-from es_megatron.errors import CheckpointError
+from es_megatron.errors import CheckpointError, PeerError
 from es_megatron.frameworks.appended import appended_check
 from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.rank_grid import RankGrid
@@ -34,15 +34,23 @@ MODEL = "model"
 class RunCheckpoints:
     """The checkpoints of one run; methods are collective over the world."""
 
-    def __init__(self, settings: PretrainSettings, blend: LoadedBlend, world: RankGrid) -> None:
+    def __init__(
+        self, settings: PretrainSettings, blend: LoadedBlend, world: RankGrid, tell: Callable[[Exception], None]
+    ) -> None:
         """Look for the newest checkpoint, and whether it is of this blend.
+
+        Args:
+            settings: of the run.
+            blend: of the run.
+            world: all ranks.
+            tell: called at once with what goes wrong on this rank while others may wait for it in a framework's save.
 
         Raises:
             CheckpointError: no checkpoint can be used, or the newest is of another blend or backend.
         """
         run = settings.run
         self._in_background = run.background_save
-        self._manifest, self._world = blend.manifest, world
+        self._manifest, self._world, self._tell = blend.manifest, world, tell
         self._directory = CheckpointDirectory(run.directory / "checkpoints", run.keep_checkpoints, world)
         self._found = self._directory.find() if run.resume else None
         self._resumption: Resumption | None = None
@@ -100,7 +108,7 @@ class RunCheckpoints:
         engine.check_copies()
         partial = self._directory.begin(engine.iteration)
         with self._dropped_on_failure(engine.iteration):
-            with agreed(self._world, f"save iteration {engine.iteration}", lambda: None):
+            with agreed(self._world, f"save iteration {engine.iteration}", lambda: None, tell=self._tell):
                 backend.save(partial / MODEL)
             own = {
                 "totals": totals.state_dict(),
@@ -131,7 +139,7 @@ class RunCheckpoints:
         """Leave nothing half-written behind a save that failed, which every rank has heard of when this sees it."""
         try:
             yield
-        except CheckpointError:
+        except (CheckpointError, PeerError):
             if self._world.world_rank == 0:
                 with suppress(OSError):  # the failure itself is what to tell
                     self._directory.drop(iteration)

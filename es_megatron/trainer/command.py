@@ -30,6 +30,8 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
     from es_megatron.testing import cpu
 
     cpu.install()
+    from es_megatron.trainer.alarm import ending_soon
     from es_megatron.trainer.loop import pretrain
 
-    return 0 if pretrain(settings)["finished"] else STOPPED
+    with ending_soon():
+        return 0 if pretrain(settings)["finished"] else STOPPED

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +26,11 @@ from es_megatron.trainer.backend import Iteration
 from es_megatron.trainer.metrics_file import MetricsFile
 from es_megatron.trainer.settings import SETTINGS, PretrainSettings, write_settings
 
+LOGGER = logging.getLogger(__name__)
+
+LOG = "log.txt"
+"""File of a run's folder with all that is printed."""
+
 
 class Journal:
     """The outputs of a run; on other ranks than 0 every method does nothing."""
@@ -41,7 +48,7 @@ class Journal:
         Raises:
             ConfigError: TensorBoard is asked for and not installed.
         """
-        self._speaks = speaks
+        self._speaks, self._silent = speaks, False
         self._directory = settings.run.directory
         self._audit: Audit | None = None
         self._board: Any = None
@@ -52,11 +59,11 @@ class Journal:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         write_settings(settings, self._directory / SETTINGS)
-        self._log = LineFile(self._directory / "log.txt")
+        self._log = LineFile(self._directory / LOG)
         facts = plan_facts(plan, layout, settings.model.seq_length)
         self._metrics = MetricsFile(self._directory, plan, facts, start)
         if settings.run.audit:
-            self._audit = Audit(self._directory / "audit.jsonl", start - 1)
+            self._audit = Audit(self._directory / "audit.jsonl", 0, start - 1)
         if settings.run.tensorboard:
             self._board = open_board(self._directory / "tensorboard", start)
         if settings.run.progress and sys.stderr.isatty():
@@ -78,19 +85,33 @@ class Journal:
         """Print to standard output and to the log file."""
         if not self._speaks:
             return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        self._print(text)
         if self._log is not None:
             self._log.write(text)
+
+    def _print(self, text: str) -> None:
+        """Print what standard output can spell; once it is closed, nothing more."""
+        try:
+            if self._bar is not None:
+                with suppress(OSError):
+                    self._bar.clear()
+            try:
+                print(text, flush=True)
+            except UnicodeEncodeError:  # of a terminal without these letters
+                print(text.encode("ascii", "backslashreplace").decode(), flush=True)
+        except (OSError, ValueError) as error:  # the latter of a file that is closed
+            if not self._silent:
+                LOGGER.warning("standard output is closed (%s); %s has what the run says", error, self._directory / LOG)
+                self._silent = True
+            discard_output()
 
     def advance(self, record: StepRecord, iteration: Iteration, elapsed: float) -> None:
         """Note one finished iteration, which took `elapsed` seconds."""
         if self._metrics is not None:
             self._metrics.add(record, iteration, elapsed)
         if self._bar is not None:
-            self._bar.update(1)
+            with suppress(OSError):  # a terminal that is gone
+                self._bar.update(1)
         if self._audit is not None:
             self._audit.write(record.iteration, record)
 
@@ -144,6 +165,15 @@ class Journal:
         """Write `summary.json`, whole or not at all."""
         if self._speaks:
             disk.replace_file(self._directory / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
+
+
+def discard_output() -> None:
+    """Send standard output nowhere, so that neither a library's words nor the end of the process fail."""
+    with suppress(OSError, ValueError):
+        output = sys.stdout.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
+        os.close(nowhere)
 
 
 def open_board(path: Path, start: int) -> Any:

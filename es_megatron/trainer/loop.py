@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,17 @@ import numpy as np
 from es_megatron.checkpoint.agreement import agreed
 from es_megatron.core.metrics import LogEntry, RunTotals
 from es_megatron.core.plan import FORWARD_COST, TRAIN_COST, Layout, describe, nominal, predict
-from es_megatron.errors import DataError, LossError
+from es_megatron.errors import ConfigError, DataError, LossError
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scoring.arms import prunes
+from es_megatron.trainer.alarm import Alarm
 from es_megatron.trainer.backend import Backend, Iteration
 from es_megatron.trainer.backends import build_backend, start, stop
 from es_megatron.trainer.checkpoints import RunCheckpoints
 from es_megatron.trainer.finished import finished_summary, told
 from es_megatron.trainer.journal import Journal
+from es_megatron.trainer.run_lock import RunLock
 from es_megatron.trainer.settings import PretrainSettings
 from es_megatron.trainer.signals import stopping
 
@@ -28,21 +32,39 @@ from es_megatron.trainer.signals import stopping
 class Trainer:
     """One run, from settings to summary."""
 
-    def __init__(self, settings: PretrainSettings) -> None:
+    def __init__(self, settings: PretrainSettings, alarm: Alarm | None = None) -> None:
         """Build everything, refuse what cannot work, and restore the newest checkpoint; collective.
+
+        Args:
+            settings: of the run.
+            alarm: of `ending_together`; without it a rank that fails leaves the others waiting, and rank 0 alone heeds
+                signals.
 
         Raises:
             EsError: on every rank, naming the thing and the cure.
         """
-        self.settings = settings
-        training = settings.training
+        self.settings, self.alarm, self._shared_alarm = settings, alarm or Alarm(), alarm is not None
+        self._lock = RunLock(settings.run.directory)
+        try:
+            self._build(settings)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _build(self, settings: PretrainSettings) -> None:
         start(settings)
+        if self._shared_alarm:
+            self.alarm.connect()
         world = RankGrid.data_parallel()
+        with agreed(world, f"start in `{settings.run.directory}`", kind=ConfigError):
+            if world.world_rank == 0:
+                self._lock.take()
         with agreed(world, "open the data", kind=DataError):
             blend = load_blend(settings.data.blend, settings.model.seq_length)
         self.blend: LoadedBlend = blend
+        training = settings.training
         samples = training.draws(blend.manifest.total)
-        self.checkpoints = RunCheckpoints(settings, blend, world)
+        self.checkpoints = RunCheckpoints(settings, blend, world, self.alarm.tell)
         self.backend: Backend = build_backend(settings, blend, samples, self.checkpoints.warm_start)
         self.engine = self.backend.engine
         self.grid = self.engine.grid
@@ -51,7 +73,6 @@ class Trainer:
         self.layout: Layout = self.backend.calibrate()
         evaluations = self.checkpoints.restore(self.backend, self.totals)
         self.evaluations: list[dict[str, Any]] = evaluations or []
-        self._stop = False
         self._resumed = evaluations is not None
         self._saved_at = self.engine.iteration if self._resumed else -1
         self._over_skipped = 0
@@ -59,16 +80,21 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the planned end, or to a signal to stop; returns the summary that `summary.json` holds.
 
-        A run that is finished already is left as it is.
+        A run that is finished already is left as it is. The folder of the run is free for another one afterwards.
         """
-        if (before := self._finished_before()) is not None:
-            return before
+        try:
+            before = self._finished_before()
+            return self._run() if before is None else before
+        finally:
+            self._lock.release()
+
+    def _run(self) -> dict[str, Any]:
         iterations = self.engine.plan.schedule.iterations
         plan = describe(self.engine.plan, self.layout, self.settings.model.seq_length, calibrated=True)
         speaks, start = self.grid.world_rank == 0, self.engine.iteration
         with (
             Journal(self.settings, speaks, self.engine.plan, self.layout, start) as journal,
-            stopping(self._ask_to_stop),
+            stopping(self.alarm.ask_to_stop),
         ):
             journal.say(plan)
             if self.checkpoints.changes:
@@ -116,15 +142,14 @@ class Trainer:
                 sums = LogSums()
             if training.eval_interval and done % training.eval_interval == 0 and done < iterations:
                 self._evaluate(journal)
-            if run.save_interval and done % run.save_interval == 0 and done < iterations:
+            due = run.save_interval and done % run.save_interval == 0 and done < iterations
+            if due and not self._over_skipped:  # or a run that only skips would push good checkpoints out
                 self._save(journal)
 
     def _agreed_stop(self) -> bool:
-        """Whether world rank 0 was asked to end; launchers send the signal to all ranks."""
-        return bool(self.grid.broadcast(np.asarray([self._stop], dtype=np.int64))[0])
-
-    def _ask_to_stop(self) -> None:
-        self._stop = True
+        """Whether any rank was asked to end, as world rank 0 has heard; raises if another rank has failed."""
+        self.alarm.check()
+        return bool(self.grid.broadcast(np.asarray([self.alarm.stop_asked], dtype=np.int64))[0])
 
     def _finished_before(self) -> dict[str, Any] | None:
         """The summary of this run if it was finished before, on every rank; collective."""
@@ -267,13 +292,30 @@ class LogSums:
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
 
+@contextmanager
+def ending_together() -> Generator[Alarm]:
+    """Have all ranks end if one of them fails in the body of a `with`, and leave the process groups after it.
+
+    Yields:
+        What the body's `Trainer` is given.
+
+    Raises:
+        PeerError: another rank has failed; one that is stuck by then ends its process instead.
+    """
+    alarm = Alarm()
+    try:
+        with alarm:
+            yield alarm
+    finally:
+        stop()
+        alarm.close()
+
+
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     """Run one pretraining job on this rank, from process groups to summary.
 
     Raises:
         EsError: what cannot work, on every rank, before the first iteration where possible.
     """
-    try:
-        return Trainer(settings).run()
-    finally:
-        stop()
+    with ending_together() as alarm:
+        return Trainer(settings, alarm).run()

@@ -11,6 +11,7 @@ import gc
 import os
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -52,13 +53,14 @@ def initialize(settings: PretrainSettings, *, stages_elsewhere: bool = False) ->
     world_size = dist.get_world_size() if dist.is_initialized() else launched_ranks(os.environ)
     check_layout(settings, world_size)
     if not dist.is_initialized():
-        _join_process_group()
+        _join_process_group(timedelta(minutes=settings.parallel.timeout_minutes))
     parallel = settings.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=1 if stages_elsewhere else parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=parallel.timeout_minutes,
     )
     # Stages differ, so that their dropout does; data-parallel ranks do not, as in Megatron-LM.
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -254,13 +256,13 @@ def _platform_settings(*, interleaved: bool) -> dict[str, Any]:
     }
 
 
-def _join_process_group() -> None:
+def _join_process_group(timeout: timedelta) -> None:
     backend = "gloo" if cpu.installed() else "nccl"
     if not cpu.installed():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's order of communication and compute
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if os.environ.get("RANK"):
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -125,6 +125,10 @@ class ParallelSettings:
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over tensor-parallel ranks; needs Transformer Engine."""
 
+    timeout_minutes: Annotated[int, Spec(">= 1", "minutes")] = 10
+    """How long a rank waits for another in a collective before it ends. It must be longer than anything that
+    one rank does while the others wait, such as the conversion of a DeepSpeed checkpoint to another number of ranks."""
+
     def __post_init__(self) -> None:
         """Check every field and their combinations."""
         check_fields(self)

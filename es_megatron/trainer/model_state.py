@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import random
 import shutil
 from collections.abc import Generator, Sequence
@@ -21,16 +20,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from es_megatron.checkpoint.agreement import describe
 from es_megatron.errors import CheckpointError
 from es_megatron.frameworks.data_only import check_files, check_metadata, data_only
 from es_megatron.trainer.model import settled_weights, unwrap
 from es_megatron.trainer.optimizer_state import METADATA, sharded_optimizer_state
+from es_megatron.trainer.writing import writing_in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def save_model(
         _make_room(directory, _stored_bytes(state))
         with _failures_named(f"Checkpoint `{directory}` could not be written", "Check the space and rights there."):
             about = {**METADATA, "layout": _layout(), "distributed_optimizer": _is_sharded(chunks)}
-            with _writing_without_manager():
+            with writing_in_threads():
                 dist_checkpointing.save(state, str(directory), content_metadata=about)
 
 
@@ -250,7 +250,7 @@ def _make_room(directory: Path, own_bytes: int) -> None:
         else:
             _write_probe(directory / f"probe-{dist.get_rank()}")
     except OSError as error:
-        problem = f"cannot be made: {error.strerror}"
+        problem = f"cannot be made: {describe(error).rstrip('.')}"
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):
@@ -300,18 +300,3 @@ def _brief(error: BaseException) -> str:
         return f"{_brief(failure)} (rank {rank})"
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:BRIEF]}".rstrip(" .")
-
-
-@contextmanager
-def _writing_without_manager() -> Generator[None, None, None]:
-    """Let Megatron's writer use a queue of this process.
-
-    Its default is a queue of a multiprocessing manager, started by spawn: that takes seconds on every rank, and hangs a
-    main script without a `__main__` guard. Only its asynchronous saving, which is not used here, needs one.
-    """
-    before = filesystem_async._results_queue  # pyright: ignore[reportPrivateUsage]
-    filesystem_async._results_queue = queue.Queue()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = before  # pyright: ignore[reportPrivateUsage]

@@ -55,7 +55,7 @@ def saved(blend: Path, tmp_path: Path) -> Path:
 
     def stop(trainer: Trainer, iteration: int) -> None:
         if iteration == 3:
-            trainer._stop = True  # pyright: ignore[reportPrivateUsage]
+            trainer.alarm.ask_to_stop()
 
     run_on_ranks(2, train, settings_of(blend, tmp_path / "run"), before_nothing, stop)
     return tmp_path / "run"

@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 def stop_after(count: int) -> Any:
     def stop(trainer: Any, iteration: int) -> None:
-        trainer._stop = iteration == count - 1
+        if iteration == count - 1:
+            trainer.alarm.ask_to_stop()
 
     return stop
 

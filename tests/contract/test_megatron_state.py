@@ -1,5 +1,7 @@
 """Checkpoints of the reference GPT on real megatron-core: resume is exact, layouts may change, damage is refused."""
 
+import multiprocessing
+import os
 import re
 import shutil
 
@@ -165,3 +167,17 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         return True
 
     assert run_on_ranks(2, save) == [True, True]
+
+
+def test_saving_starts_no_process(tmp_path, monkeypatch):
+    """What a writer process would outlive: a rank that is killed."""
+
+    def save():
+        run = Run(settings_of())
+        run.train(0, 1)
+        monkeypatch.setattr(os, "fork", lambda: pytest.fail("the writer forks"))
+        save_model(tmp_path / "model", run.chunks, run.optimizer, run.scheduler, 1)
+        return multiprocessing.active_children()
+
+    assert run_on_ranks(1, save) == [[]]
+    assert len(list((tmp_path / "model").glob("*.distcp"))) > 1, "several files, so several writers"

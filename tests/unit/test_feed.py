@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from es_megatron.algorithm.selection import positions_of
 from es_megatron.data.sampler import MetaBatch, Sampler
 from es_megatron.data.schedule import Schedule
-from es_megatron.errors import ConfigError
+from es_megatron.errors import ConfigError, DataError
 from es_megatron.frameworks.feed import MetaBatchFeed, collate
 from tests.unit.naive import make_manifest
 
@@ -92,6 +94,48 @@ def test_a_loader_that_starts_draws_from_no_generator_of_the_model(workers: int)
     for iteration in (0, 1, 9):
         feed.fetch(sampler.batch(iteration))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_worker_that_was_killed_is_started_again(caplog: pytest.LogCaptureFixture) -> None:
+    feed, sampler, own = make(workers=2, prefetch=2, mask_lag=4)
+    for iteration in range(8):
+        batch = sampler.batch(iteration)
+        if iteration in (2, 5):
+            loader: Any = feed._loader
+            victim = loader._workers[iteration % 2]
+            os.kill(victim.pid, signal.SIGKILL)
+            victim.join()
+        feed.fetch(batch)
+        assert ids_of(feed.micro_batches(own, 2)) == batch.id[own].tolist()
+    assert [record.getMessage().count("starts again") for record in caplog.records] == [1, 1]
+
+
+class Deadly(Rows):
+    """Ends the process that reads it, or raises in it."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.error = error
+
+    def __getitem__(self, sample_id: int) -> dict[str, torch.Tensor]:
+        if self.error is not None:
+            raise self.error
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(sample_id)
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_time_and_again() -> None:
+    feed, sampler, _ = make(rows=Deadly(), workers=1, prefetch=1, mask_lag=1)
+    with pytest.raises(DataError, match=r"killed 3 times in a row at iteration 0\. Is there enough memory"):
+        feed.fetch(sampler.batch(0))
+
+
+def test_what_a_worker_raises_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    feed, sampler, _ = make(rows=Deadly(RuntimeError("bad row")), workers=1, prefetch=1, mask_lag=1)
+    with pytest.raises(RuntimeError, match="bad row"):
+        feed.fetch(sampler.batch(0))
+    assert caplog.records == []
 
 
 def test_workers_must_not_run_ahead_of_the_masks() -> None:

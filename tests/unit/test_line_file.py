@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,51 @@ def test_what_is_to_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     path.write_text('{"n": 1}\n{"n": 2}\n')
     assert written(path, keep=lambda line: line["n"] == 2, head=["first"]) == 'first\n{"n": 2}\n'
     assert sorted(tmp_path.iterdir()) == [tmp_path / "lines.jsonl", tmp_path / "link"]
+
+
+def in_another_process(function: Callable[[], None]) -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(30)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": lambda line: False}, {"head": ["first"]}])
+def test_a_file_that_another_process_writes_stays_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any]
+) -> None:
+    path = tmp_path / "lines.jsonl"
+    file = LineFile(path, lambda line: True, ["head"])
+    file.write("one")
+
+    def second() -> None:
+        other = LineFile(path, **options)
+        other.write("two")
+        other.close()
+        assert told(caplog) == [f"{path} cannot be written (another process writes it): the run goes on without it"]
+
+    assert in_another_process(second) == 0
+    file.write("three")
+    assert path.read_text() == "head\none\nthree\n"
+    file.close()
+    assert written(path, "four") == "head\none\nthree\nfour\n"
+    assert told(caplog) == []
+
+
+def test_a_file_that_was_replaced_while_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("old\n")
+    opened: Callable[..., Any] = Path.open
+
+    def open_and_replace(self: Path, *args: Any, **options: Any) -> Any:
+        file = opened(self, *args, **options)
+        monkeypatch.undo()
+        (tmp_path / "new").write_text("new\n")
+        (tmp_path / "new").rename(path)
+        return file
+
+    monkeypatch.setattr(Path, "open", open_and_replace)
+    file = LineFile(path)
+    file.write("line")
+    file.close()
+    assert path.read_text() == "new\nline\n"

@@ -274,21 +274,37 @@ def test_nobody_reads_past_us() -> None:
         next(iter(UnreadLoader()))
 
 
-def test_audit_drops_what_is_run_again(tmp_path: Path) -> None:
+def test_audit_drops_what_is_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "audit.jsonl"
     record = StepRecord(0, True, 16, np.asarray([4, 2]), np.asarray([0, 0]), 1.0, 1.0, 0, {})
-    first = Audit(path, 0)
+    first = Audit(path, 1, 0)
     for iteration in (1, 2, 3):
         first.write(iteration, record)
     with path.open("a") as file:
         file.write('{"iteration": 4, "sco')  # the process was killed
     first.close()
-    second = Audit(path, 2)
+    second = Audit(path, 1, 2)
     second.write(3, record)
     second.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     assert lines[2] == {"iteration": 3, "scored": 16, "chosen": [4, 2]}
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing", "at"), [([], 3, 1), ([1, 2], 1, 3), ([2, 3], 1, 1), ([1, 3], 1, 2), ([1, 1, 3], 1, 2)]
+)
+def test_missing_audit_lines_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: list[int], missing: int, at: int
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    path.write_text("".join(f'{{"iteration": {each}}}\n' for each in [0, *kept, 4]))
+    Audit(path, 1, 3).close()
+    (record,) = caplog.records
+    assert f"lacks the lines of {missing} of the 3 iterations that were run so far, the first of them {at}" in (
+        record.getMessage()
+    )
 
 
 def test_saved_share_of_work() -> None:
