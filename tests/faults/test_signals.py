@@ -93,7 +93,7 @@ def test_a_second_start_in_a_folder_is_refused_and_changes_nothing(tmp_path: Pat
         assert "choose another `run.directory`" in second.said(rank)
     assert "seed: 5" not in (tmp_path / "run" / "settings.yaml").read_text()
     first.kill(0, signal.SIGTERM)
-    assert first.codes(LIMIT) == [0, 0]
+    assert first.codes(LIMIT) == [STOPPED, STOPPED]
     third = start(tmp_path, ENDLESS, folder="third")
     third.wait_for("resumed from")
     third.kill(0)
