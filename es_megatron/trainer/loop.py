@@ -142,8 +142,7 @@ class Trainer:
                 sums = LogSums()
             if training.eval_interval and done % training.eval_interval == 0 and done < iterations:
                 self._evaluate(journal)
-            due = run.save_interval and done % run.save_interval == 0 and done < iterations
-            if due and not self._over_skipped:  # or a run that only skips would push good checkpoints out
+            if run.save_interval and done % run.save_interval == 0 and done < iterations:
                 self._save(journal)
 
     def _agreed_stop(self) -> bool:
