@@ -44,11 +44,10 @@ def expected_loss(plan: Plan) -> list[str]:
         return ["as of plain training: nothing is selected"]
     arm, regime = arm_of_tables(plan.config), regime_of(max(plan.passes))
     share = plan.cost / plan.plain_cost
-    if arm is None or regime is None or not COSTS[0] <= share <= COSTS[1]:
+    lines = _lines(arm, regime) if arm and regime and COSTS[0] <= share <= COSTS[1] else []
+    if not lines:
         what = f"such a run (cost {share:.1%} of plain, {max(plan.passes):.1f} passes)"
         lines = [f"not measured for {what}: compare arms first, `es-megatron compare` (docs/results.md has what was)"]
-    else:
-        lines = _lines(arm, regime)
     if plan.arm.scores and plan.config.reference.folder is None:
         lines.append(
             "text that is damaged or repeats: give it a reference, `es-megatron reference` (docs/references.md)"
@@ -75,11 +74,15 @@ def regime_of(passes: float) -> Regime | None:
 
 
 def _lines(arm: str, regime: Regime) -> list[str]:
+    """What the cases of a regime have of an arm; empty where none has anything."""
+    cases: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]] = measured()["cases"]
     lines: list[str] = []
     for text, case in regime.cases.items():
-        found: Mapping[str, Sequence[float]] = measured()["cases"].get(case, {}).get(arm, {})
+        found = cases.get(case, {}).get(arm, {})
         told = [f"{_interval(each)} against {name}" for name, each in found.items()]
         lines.append(f"{text}: {', '.join(told) if told else 'not measured'}")
+    if not any(arm in cases.get(case, {}) for case in regime.cases.values()):
+        return []
     return [*lines, "in nats a token with 95% intervals, tiny models on a CPU; your model and text: not measured"]
 
 
