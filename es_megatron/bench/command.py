@@ -31,7 +31,10 @@ DEFAULTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     add = parser.add_argument
-    add("specs", type=Path, nargs="+", metavar="SPEC", help="YAML file, such as benchmarks/quality/tuning.yaml")
+    add("specs", type=Path, nargs="*", metavar="SPEC", help="YAML file, such as benchmarks/quality/tuning.yaml")
+    add("--init", type=Path, metavar="SPEC", help="write a spec for text of your own, sized for this machine, and end")
+    add("--component", action="append", default=[], metavar="NAME=PATH", help="with --init: the text, as in `prepare`")
+    add("--minutes", type=float, default=30.0, help="with --init: what the comparison may take (%(default)s)")
     add("--directory", type=Path, default=Path("runs/compare"), help="of data and results (%(default)s)")
     add("--jobs", type=int, help="runs at a time, over the spec's")
     add("--arms", nargs="+", metavar="ARM", help="only these")
@@ -45,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Run what is not finished yet and print the table of each spec; returns 1 if a run has failed."""
+    if arguments.init is not None:
+        from es_megatron.bench.init import init_spec
+
+        print(init_spec(arguments.init, arguments.component, arguments.minutes))
+        return 0
+    if not arguments.specs:
+        raise ConfigError("A SPEC must be given, or `--init SPEC` to write one: see docs/compare.md.")
     failed = [path for path in arguments.specs if compare_spec(path, arguments)]
     return int(bool(failed))
 
