@@ -36,6 +36,7 @@ def read_readme() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
+FORMATS = ["pyarrow"]  # text that is Parquet or zstd
 REPORT = ["tensorboard", "matplotlib", "jinja2", "pyarrow"]
 DEEPSPEED = ["deepspeed>=0.16"]  # tested: 0.19.8
 DEV = [
@@ -80,7 +81,7 @@ setup(
         "typing_extensions>=4.4",
         "psutil>=5.9",  # megatron-core needs it to save, and does not declare it
     ],
-    extras_require={"deepspeed": DEEPSPEED, "report": REPORT, "dev": DEV},
+    extras_require={"deepspeed": DEEPSPEED, "formats": FORMATS, "report": REPORT, "dev": DEV},
     entry_points={"console_scripts": ["es-megatron = es_megatron.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

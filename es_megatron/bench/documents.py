@@ -6,12 +6,10 @@ Only documents that will be trained on are changed or copied: which ones those a
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +18,9 @@ from es_megatron.bench.damage import KINDS, change_words, easy_text
 from es_megatron.bench.recipe import Damage, DamageKind, Duplicates, Easy, Recipe, wikitext_file
 from es_megatron.errors import DataError
 from es_megatron.prepare import corpus as corpora
-from es_megatron.prepare.corpus import find_corpus, parse_component
+from es_megatron.prepare.finding import find_corpus, parse_component
+from es_megatron.prepare.reading import read_entries, refusal, text_of
+from es_megatron.prepare.unpacking import unpacked
 
 MEGABYTE = 10**6
 _HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
@@ -87,29 +87,26 @@ def split(path: str, name: str, key: str, field: str) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for file in find_corpus(name, [path], key).files:
-        for number, line in enumerate(_open(file), start=1):
-            entry: dict[str, Any] = json.loads(line)
-            if field not in entry or not isinstance(entry.get(key), str):
-                raise DataError(f"Line {number} of `{file}` must have `{field}` and a string `{key}`. Correct it.")
-            value = re.sub(r"[^A-Za-z0-9_.-]", "_", str(entry[field]))
-            text = entry[key].encode("utf-8", "replace").decode("utf-8")  # JSON may spell half a surrogate pair
-            if text.strip():
-                found.setdefault(value, []).append(text)
+        for read in read_entries(file, key, [field]):
+            entry = text_of(read, key)
+            if entry.problem is not None:
+                raise refusal(entry, key)
+            if field not in entry.values:
+                raise DataError(f"{entry.where} must have `{field}` beside `{key}`, but has not: correct it.")
+            value = re.sub(r"[^A-Za-z0-9_.-]", "_", str(entry.values[field]))
+            if entry.values[key].strip():
+                found.setdefault(value, []).append(entry.values[key])
     return found
 
 
 def articles(path: Path) -> Iterator[str]:
     """Cut a WikiText file at its headings of the first level, ` = Title = `."""
-    text = "".join(_open(path))
+    with unpacked(path) as file:
+        text = file.read().decode("utf-8").replace("\r\n", "\n")
     starts = [match.start() for match in _HEADING.finditer(text)]
     for start, end in zip([0, *starts], [*starts, len(text)], strict=True):
         if text[start:end].strip():
             yield text[start:end]
-
-
-def _open(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        yield from file
 
 
 def set_aside(parts: Sequence[ComponentTexts], recipe: Recipe) -> tuple[list[ComponentTexts], list[ComponentTexts]]:
@@ -199,26 +196,33 @@ def add_easy(parts: list[ComponentTexts], settings: Easy, recipe: Recipe) -> lis
 
 def _training(parts: Sequence[ComponentTexts], share: float) -> list[DocumentPlace]:
     """Documents of evaluated parts that are not held out."""
+    held = held_out(parts, share)
     return [
         DocumentPlace(number, int(at))
         for number, part in enumerate(parts)
         if part.evaluated
-        for at in np.flatnonzero(~held_out(part.texts, share))
+        for at in np.flatnonzero(~held[number])
     ]
 
 
-def held_out(texts: Sequence[str], share: float) -> NDArray[np.bool_]:
-    """Which documents `es-megatron prepare` will hold out."""
-    return corpora.choose_validation(np.asarray([corpora.hash_text(text) for text in texts], np.uint64), share)
+def held_out(parts: Sequence[ComponentTexts], share: float) -> list[NDArray[np.bool_]]:
+    """Which documents of each part `es-megatron prepare` will hold out of these parts."""
+    return corpora.choose_validation(_hashes(parts), share, [part.evaluated for part in parts])
+
+
+def _hashes(parts: Sequence[ComponentTexts]) -> list[NDArray[np.uint64]]:
+    return [np.asarray([corpora.hash_text(text) for text in part.texts], np.uint64) for part in parts]
 
 
 def _with(parts: Sequence[ComponentTexts], new: Mapping[DocumentPlace, str], share: float) -> list[ComponentTexts]:
     """Parts with other texts at some places, none of which will be held out: a line break more moves a text's hash."""
+    held = zip(_hashes(parts), held_out(parts, share), strict=True)
+    limit = max((int(hashes_N[held_N].max()) for hashes_N, held_N in held if held_N.any()), default=-1)
     found: list[ComponentTexts] = []
     for number, part in enumerate(parts):
         texts = [new.get(DocumentPlace(number, at), text) for at, text in enumerate(part.texts)]
         for at in range(len(texts)):
-            while DocumentPlace(number, at) in new and held_out([texts[at]], share)[0]:
+            while DocumentPlace(number, at) in new and corpora.hash_text(texts[at]) <= limit:
                 texts[at] += "\n"
         found.append(part._replace(texts=texts))
     return found

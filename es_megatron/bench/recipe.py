@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from es_megatron.config import require, require_choice
 from es_megatron.errors import ConfigError
-from es_megatron.prepare.corpus import find_corpus, parse_component
+from es_megatron.prepare.finding import find_corpus, parse_component
 
 DamageKind = Literal["words", "characters", "boilerplate", "sentences"]
 

@@ -1,4 +1,4 @@
-"""Documents of a corpus: which files hold them, how they are read, which are kept, and on which side they stand.
+"""Documents of a corpus: how they are read and counted, which are kept, and on which side they stand.
 
 Everything here is a pure function of the files and the settings: no random numbers, no dependence on worker processes.
 
@@ -7,44 +7,39 @@ Shapes: N documents of one corpus, in file order, those without text left out.
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
-import json
-import re
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from es_megatron.errors import ConfigError, DataError
+from es_megatron.errors import DataError
+from es_megatron.prepare.finding import Corpus
+from es_megatron.prepare.reading import read_entries, refusal, text_of
 
-LINES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-"""Suffixes of files with one JSON object a line; any other file is one document of plain text."""
-
-IN_FOLDERS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".txt", ".txt.gz", ".md", ".rst")
-"""Suffixes looked for in a folder."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SHOWN = 20
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A component's name and its files, in the order in which they are read."""
+@dataclass
+class Tally:
+    """What a pass over a corpus has left out or changed."""
 
-    name: str
-    """Name of the component, and of its files."""
+    read: int = 0
+    """Entries of all files: lines, elements of arrays, rows, plain texts; blank lines are none."""
 
-    files: tuple[Path, ...]
-    """JSON lines or plain text, gzipped or not."""
+    empty: int = 0
+    """Entries left out because they hold no text or white space alone."""
 
-    text_key: str = "text"
-    """The field of a JSON line that holds the text."""
+    bad: Counter[str] = field(default_factory=Counter[str])
+    """Entries left out because they are no documents, by what is wrong with them."""
+
+    bad_places: list[str] = field(default_factory=list[str])
+    """Where the first of those stand, and what is wrong with each."""
+
+    byte_order_marks: int = 0
+    """Marks dropped before an entry."""
 
 
 @dataclass(frozen=True)
@@ -57,120 +52,70 @@ class Survey:
     hashes_N: NDArray[np.uint64]
     """Hash of each document's text; equal texts have equal hashes."""
 
-    empty: int
-    """Documents left out because they hold no text or white space alone."""
+    tally: Tally
+    """What is not among them."""
+
+    files_F: NDArray[np.int64]
+    """Documents of each file."""
+
+    @property
+    def repeats(self) -> NDArray[np.bool_]:
+        """Documents whose text stood before, bool [N]."""
+        repeated_N = np.ones(len(self.hashes_N), np.bool_)
+        repeated_N[np.unique(self.hashes_N, return_index=True)[1]] = False
+        return repeated_N
 
     @property
     def duplicates(self) -> int:
-        """Documents whose text stood before."""
-        return len(self.hashes_N) - len(np.unique(self.hashes_N))
+        """How many documents' text stood before."""
+        return int(self.repeats.sum())
+
+    def duplicates_by_file(self, corpus: Corpus) -> dict[str, int]:
+        """The same for each file of the corpus that has some, the most first."""
+        file_N = np.repeat(np.arange(len(self.files_F)), self.files_F)
+        counts_F = np.bincount(file_N[self.repeats], minlength=len(self.files_F))
+        order = np.argsort(-counts_F, kind="stable")
+        return {str(corpus.files[at]): int(counts_F[at]) for at in order if counts_F[at]}
 
 
-def parse_component(argument: str) -> tuple[str, str]:
-    """Split `NAME=PATH` of the command line.
+def read_documents(corpus: Corpus, tally: Tally | None = None) -> Iterator[tuple[int, str]]:
+    """Read the documents of a corpus that are more than white space.
 
-    Raises:
-        ConfigError: There is no `=`, or the name cannot be the name of a file.
-    """
-    name, equals, path = argument.partition("=")
-    if not equals or not path or not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"`--component` must be NAME=PATH with a NAME of letters, digits, `_`, `-` and `.`, but is {argument!r} "
-            "instead."
-        )
-    return name, path
+    Args:
+        corpus: What to read.
+        tally: Counts what is left out.
 
-
-def find_corpus(name: str, paths: Sequence[str], text_key: str = "text") -> Corpus:
-    """Find the files of a component: each path is a file, a folder (searched in depth), or a glob pattern.
-
-    Raises:
-        DataError: Nothing is there, or a folder has no file of a known suffix.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if Path(path).is_dir():
-            files.extend(_folder_files(name, Path(path)))
-            continue
-        matches = [path] if Path(path).exists() else glob.glob(path, recursive=True)
-        found = sorted(Path(match) for match in matches if Path(match).is_file())
-        if not found:
-            raise DataError(f"`{path}` of component `{name}` does not exist: correct the path or the pattern.")
-        files.extend(found)
-    return Corpus(name, tuple(dict.fromkeys(files)), text_key)
-
-
-def _folder_files(name: str, folder: Path) -> list[Path]:
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.name.endswith(IN_FOLDERS) and path.is_file() and not path.name.startswith(".")
-    )
-    if not files:
-        raise DataError(
-            f"Folder `{folder}` of component `{name}` must have files ending in one of {', '.join(IN_FOLDERS)}, but "
-            f"has none: give a pattern for other plain text, such as `{name}={folder}/**/*.py`."
-        )
-    return files
-
-
-def read_documents(corpus: Corpus) -> Iterator[str]:
-    """Read all documents of a corpus, empty ones too.
+    Yields:
+        Number of the document's file, and its text.
 
     Raises:
-        DataError: A file cannot be read, is broken gzip or not UTF-8, or a line is not a JSON object with the key.
+        DataError: A file cannot be read or is damaged; or an entry is no document, and the corpus does not skip those.
+        ConfigError: A library that a file needs is not installed.
     """
-    for path in corpus.files:
-        try:
-            yield from _read_lines(path, corpus.text_key) if path.name.endswith(LINES) else _read_text(path)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"`{path}` is broken gzip ({error}): download or compress it again.") from error
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"`{path}` must be UTF-8 text, but byte {error.start} is not: convert it (`iconv -t UTF-8`), or "
-                "leave it out."
-            ) from error
-        except OSError as error:
-            raise DataError(f"`{path}` cannot be read: {error.strerror or error}. Check its permissions.") from error
-
-
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    with _open(path) as file:
-        yield file.read().decode("utf-8-sig")  # a byte-order mark is no text
-
-
-def _read_lines(path: Path, key: str) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
+    tally = tally or Tally()
+    key = corpus.text_key
+    for number, path in enumerate(corpus.files):
+        for found in read_entries(path, key):
+            entry = text_of(found, key)
+            tally.read += 1
+            tally.byte_order_marks += entry.marked
+            if entry.problem is None:
+                text: str = entry.values[key]
+                if text.strip():
+                    yield number, text
+                else:
+                    tally.empty += 1
                 continue
-            where = f"Line {number} of `{path}`"
-            try:
-                entry = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where} must be UTF-8, but is not: convert the file, or remove the line.") from error
-            except ValueError as error:
-                raise DataError(
-                    f"{where} must be a JSON object, but is not ({error}): correct or remove it."
-                ) from error
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
-                keys = sorted(entry)[:10] if isinstance(entry, dict) else type(entry).__name__
-                raise DataError(
-                    f"{where} must be a JSON object with a string under `{key}`, but has {keys} instead: name the key "
-                    "that holds the text with `--text-key`."
-                )
-            text: str = entry[key]
-            # JSON may spell half a surrogate pair, which UTF-8 and the tokenizer cannot.
-            yield _SURROGATE.sub("\ufffd", text)
+            if corpus.on_bad_line == "error":
+                raise refusal(entry, key)
+            tally.bad[entry.problem] += 1
+            if len(tally.bad_places) < _SHOWN:
+                tally.bad_places.append(f"{entry.where}: {entry.problem}")
 
 
 def documents(corpus: Corpus) -> Iterator[str]:
     """Read the documents that a `Survey` counts: those that are more than white space."""
-    return (text for text in read_documents(corpus) if text.strip())
+    return (text for _, text in read_documents(corpus))
 
 
 def survey(corpus: Corpus, report: Callable[[int], object] = lambda _: None) -> Survey:
@@ -181,24 +126,26 @@ def survey(corpus: Corpus, report: Callable[[int], object] = lambda _: None) -> 
         report: Called with the bytes of text of each document.
 
     Raises:
-        DataError: See `read_documents`; or the corpus has no text at all.
+        DataError: As `read_documents` does; or the corpus has no text at all.
+        ConfigError: As `read_documents` does.
     """
     sizes: list[int] = []
     hashes: list[int] = []
-    empty = 0
-    for text in read_documents(corpus):
-        if not text.strip():
-            empty += 1
-            continue
+    files_F = np.zeros(len(corpus.files), np.int64)
+    tally = Tally()
+    for number, text in read_documents(corpus, tally):
         encoded = text.encode("utf-8")
         sizes.append(len(encoded))
         hashes.append(_hash(encoded))
+        files_F[number] += 1
         report(len(encoded))
     if not sizes:
+        bad = f" ({sum(tally.bad.values())} entries are no documents)" if tally.bad else ""
         raise DataError(
-            f"Component `{corpus.name}` has no document with text in its {len(corpus.files)} file(s): leave it out."
+            f"Component `{corpus.name}` has no document with text in its {len(corpus.files)} file(s){bad}: leave it "
+            "out."
         )
-    return Survey(np.asarray(sizes, np.int64), np.asarray(hashes, np.uint64), empty)
+    return Survey(np.asarray(sizes, np.int64), np.asarray(hashes, np.uint64), tally, files_F)
 
 
 def hash_text(text: str) -> int:
@@ -231,11 +178,36 @@ def choose_evenly(bytes_N: NDArray[np.int64], limit: int | None) -> NDArray[np.b
     return kept_N
 
 
-def choose_validation(hashes_N: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Choose the documents held out for validation by their text alone, bool [N].
+def choose_validation(
+    corpora: Sequence[NDArray[np.uint64]], share: float, evaluated: Sequence[bool] | None = None
+) -> list[NDArray[np.bool_]]:
+    """Choose the documents held out for validation by their text.
 
-    A text stands on the same side in every corpus and every preparation with this share, so that exact duplicates never
-    straddle the split; a larger share only adds to the held-out texts.
+    A text stands on the same side in every corpus, so that exact duplicates never straddle the split; and in every
+    preparation with this share, where there are enough documents; a larger share only adds to the held-out texts. An
+    evaluated corpus of at least two different texts has one on either side: if none falls below the share, that of the
+    smallest hash is held out, and if all do, that of the largest is trained on.
+
+    Args:
+        corpora: Hash of each document, for each corpus [N].
+        share: Of the documents, in [0, 1); 0 holds none out.
+        evaluated: Whether each corpus must have both sides; None: all must.
+
+    Returns:
+        Which documents are held out, bool [N] for each corpus.
     """
     # 53 bits: exact in float64
-    return (hashes_N >> np.uint64(11)).astype(np.float64) < share * 2.0**53
+    held = [(hashes_N >> np.uint64(11)).astype(np.float64) < share * 2.0**53 for hashes_N in corpora]
+    added: list[np.uint64] = []
+    dropped: list[np.uint64] = []
+    for hashes_N, held_N, both in zip(corpora, held, evaluated or [True] * len(corpora), strict=True):
+        if not both or share == 0 or not len(hashes_N) or hashes_N.min() == hashes_N.max():
+            continue
+        if not held_N.any():
+            added.append(hashes_N.min())
+        elif held_N.all():
+            dropped.append(hashes_N.max())
+    return [
+        (held_N | np.isin(hashes_N, added)) & ~np.isin(hashes_N, dropped)
+        for hashes_N, held_N in zip(corpora, held, strict=True)
+    ]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from es_megatron.errors import DataError
-from es_megatron.prepare.corpus import Corpus
+from es_megatron.prepare.finding import Corpus
 
 PIECE = 4_000
 """Characters after which a book or a source file is cut at the next blank line: else a small subset would hold too few

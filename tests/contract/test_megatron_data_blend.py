@@ -19,7 +19,8 @@ from sentencepiece import SentencePieceProcessor
 from es_megatron.errors import ConfigError, DataError
 from es_megatron.frameworks.megatron_data import BlendedRows, OneEpochDataset, load_blend
 from es_megatron.prepare.command import PrepareSettings, prepare
-from es_megatron.prepare.corpus import find_corpus, read_documents
+from es_megatron.prepare.corpus import documents
+from es_megatron.prepare.finding import find_corpus
 from tests.contract.test_megatron_data import T, build, stock_dataset
 
 
@@ -164,7 +165,7 @@ def test_real_text_comes_back(tmp_path: Path) -> None:
     blend = load_blend(out / "blend.yaml", 64)
     tokenizer = SentencePieceProcessor(model_file=str(blend.tokenizer))
     for name, dataset in zip(components, blend.datasets, strict=True):
-        originals = set(read_documents(find_corpus(name, [components[name]])))
+        originals = set(documents(find_corpus(name, [components[name]])))
         for prefix in (f"{name}.train", f"{name}.valid"):
             ids = np.fromfile(out / f"{prefix}.bin", np.uint16)
             ends = np.flatnonzero(ids == tokenizer.eos_id()) + 1

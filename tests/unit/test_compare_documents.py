@@ -81,15 +81,15 @@ def count(parts):
 def test_damage_replaces_training_documents_in_equal_numbers_and_leaves_the_others(parts):
     recipe = Recipe(demo=True, damage=Damage(share=0.4))
     found = derive(parts, recipe)
-    training = sum(int((~held_out(part.texts, 0.1)).sum()) for part in parts)
+    training = sum(int((~held).sum()) for held in held_out(parts, 0.1))
     damaged = {name: number for name, number in count(found).items() if name.startswith("damaged-")}
     assert set(damaged) == {"damaged-words", "damaged-characters", "damaged-boilerplate", "damaged-sentences"}
     assert sum(damaged.values()) == round(0.4 * training)
     assert max(damaged.values()) - min(damaged.values()) <= 1
     assert sum(count(found).values()) == 300
     assert [part.evaluated for part in found] == [True, True, False, False, False, False]
-    for before, after in zip(parts, found[:2], strict=True):
-        held = [text for text, out in zip(before.texts, held_out(before.texts, 0.1), strict=True) if out]
+    for before, after, held_N in zip(parts, found[:2], held_out(parts, 0.1), strict=True):
+        held = [text for text, out in zip(before.texts, held_N, strict=True) if out]
         assert set(held) <= set(after.texts) <= set(before.texts)
     assert derive(parts, recipe) == found
     assert derive(parts, Recipe(demo=True, damage=Damage(share=0.4), seed=1)) != found
@@ -101,23 +101,23 @@ def test_damage_and_copies_inside_stay_in_their_component_and_are_trained_on(par
         assert count(found) == count(parts)
         assert all(part.evaluated for part in found)
         moved = 0
-        for before, after in zip(parts, found, strict=True):
-            held = held_out(before.texts, 0.1)
-            assert (held_out(after.texts, 0.1) == held).all(), "none of the new texts is held out"
+        held_before, held_after = held_out(parts, 0.1), held_out(found, 0.1)
+        for before, after, held, now in zip(parts, found, held_before, held_after, strict=True):
+            assert (now == held).all(), "none of the new texts is held out"
             pairs = list(zip(before.texts, after.texts, held, strict=True))
             assert all(one == other for one, other, out in pairs if out)
             moved += sum(one != other for one, other, _ in pairs)
-        training = sum(int((~held_out(part.texts, 0.1)).sum()) for part in parts)
+        training = sum(int((~held).sum()) for held in held_out(parts, 0.1))
         assert moved == pytest.approx(0.4 * training, abs=3)  # shuffling may leave a text as it is
 
 
 def test_text_set_aside_is_trained_on_by_nobody_and_held_out_by_nobody(parts):
     recipe = Recipe(demo=True, set_aside=0.25)
     rest, apart = set_aside(parts, recipe)
-    for before, left, gone in zip(parts, rest, apart, strict=True):
+    for before, left, gone, held_N in zip(parts, rest, apart, held_out(parts, 0.1), strict=True):
         assert sorted(left.texts + gone.texts) == sorted(before.texts)
-        assert not held_out(gone.texts, 0.1).any()
-    training = sum(int((~held_out(part.texts, 0.1)).sum()) for part in parts)
+        assert not set(gone.texts) & {text for text, out in zip(before.texts, held_N, strict=True) if out}
+    training = sum(int((~held).sum()) for held in held_out(parts, 0.1))
     assert sum(len(part.texts) for part in apart) == round(0.25 * training)
     assert set_aside(parts, recipe) == (rest, apart)
     assert set_aside(parts, Recipe(demo=True)) == (parts, [])
@@ -128,7 +128,8 @@ def test_near_copies_are_of_training_documents_that_stay(parts):
     copies = found[-1]
     assert (copies.name, copies.evaluated) == ("near-copies", False)
     rest = [text for part in found[:2] for text in part.texts]
-    held = {text for part in parts for text, out in zip(part.texts, held_out(part.texts, 0.1), strict=True) if out}
+    sides = zip(parts, held_out(parts, 0.1), strict=True)
+    held = {text for part, held_N in sides for text, out in zip(part.texts, held_N, strict=True) if out}
     assert len(set(copies.texts)) == 5
     assert set(copies.texts) <= set(rest) - held
     assert len(copies.texts) + len(rest) == 300
@@ -212,7 +213,8 @@ def test_train_only_leaves_out_what_would_be_held_out(tmp_path):
     )
     prepare(settings)
     trained = read_back(tmp_path / "out", "copies.train")
-    assert sorted(trained) == sorted(text for text, out in zip(texts, held_out(texts, 0.2), strict=True) if not out)
+    (held_N,) = held_out([ComponentTexts("dirty", texts)], 0.2)
+    assert sorted(trained) == sorted(text for text, out in zip(texts, held_N, strict=True) if not out)
     assert not (tmp_path / "out" / "copies.valid.bin").exists()
 
 

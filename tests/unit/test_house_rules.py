@@ -25,7 +25,7 @@ OTHER_MEANINGS = {
     ("core/plan.py", "plain"): "what the guard falls back to",
     ("forecast/request.py", "es"): "the flag --es",
     ("frameworks/arguments.py", "es"): "the flag --es",
-    ("prepare/command.py", "prefix"): "of an indexed dataset",
+    ("prepare/writing.py", "prefix"): "of an indexed dataset",
     ("trainer/model.py", "uniform"): "Megatron-Core's recompute_method",
 }
 """The same words, where they name something else."""

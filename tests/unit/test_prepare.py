@@ -20,6 +20,7 @@ from es_megatron.errors import DataError
 from es_megatron.prepare import command
 from es_megatron.prepare import corpus as corpora
 from es_megatron.prepare.command import PrepareSettings, prepare
+from es_megatron.prepare.finding import find_corpus
 from es_megatron.prepare.tokenizer import tokenize, train_tokenizer
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew odd potions in Zürich 北京 12 34"
@@ -121,11 +122,11 @@ def test_exact_duplicates_never_straddle_the_split(tmp_path: Path) -> None:
 
 def test_a_larger_share_only_adds_held_out_documents() -> None:
     hashes_N = np.random.default_rng(0).integers(0, 1 << 64, 20_000, np.uint64)
-    small_N, large_N = (corpora.choose_validation(hashes_N, share) for share in (0.02, 0.3))
+    small_N, large_N = (corpora.choose_validation([hashes_N], share)[0] for share in (0.02, 0.3))
     assert not (small_N & ~large_N).any()
     assert small_N.mean() == pytest.approx(0.02, abs=0.004)
     assert large_N.mean() == pytest.approx(0.3, abs=0.015)
-    assert not corpora.choose_validation(hashes_N, 0.0).any()
+    assert not corpora.choose_validation([hashes_N], 0.0)[0].any()
 
 
 @given(st.lists(st.integers(1, 5_000), min_size=1, max_size=300), st.integers(1, 200_000))
@@ -192,17 +193,17 @@ def test_formats_patterns_and_order(tmp_path: Path) -> None:
     (tmp_path / "sub" / "c.txt.gz").write_bytes(gzip.compress("\ufeffc0".encode()))
     (tmp_path / "sub" / ".hidden.txt").write_text("no")
     (tmp_path / "sub" / "d.py").write_text("d0")
-    folder = corpora.find_corpus("x", [str(tmp_path)], "content")
+    folder = find_corpus("x", [str(tmp_path)], "content")
     assert list(corpora.documents(folder)) == ["a0", "a1", "b0", "b1", "c0"]
-    assert corpora.survey(folder).empty == 1
-    assert list(corpora.documents(corpora.find_corpus("x", [f"{tmp_path}/**/*.py"]))) == ["d0"]
-    twice = corpora.find_corpus("x", [f"{tmp_path}/b.jsonl", f"{tmp_path}/*.jsonl"], "content")
+    assert corpora.survey(folder).tally.empty == 1
+    assert list(corpora.documents(find_corpus("x", [f"{tmp_path}/**/*.py"]))) == ["d0"]
+    twice = find_corpus("x", [f"{tmp_path}/b.jsonl", f"{tmp_path}/*.jsonl"], "content")
     assert list(corpora.documents(twice)) == ["b0", "b1"], "a file that is named twice is read once"
 
 
 def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x\\ud800y \\ud83d\\ude00"}\n')
-    assert list(corpora.documents(corpora.find_corpus("x", [str(tmp_path / "a.jsonl")]))) == ["x\ufffdy \U0001f600"]
+    assert list(corpora.documents(find_corpus("x", [str(tmp_path / "a.jsonl")]))) == ["x\ufffdy \U0001f600"]
 
 
 def test_a_dead_worker_is_told(model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[str, type[Exception], str]]:
     good = [json.dumps({"text": text}) for text in make_texts(3)]
     (tmp_path / "nokey.jsonl").write_text("\n".join([*good, '{"body": "x"}']))
     (tmp_path / "nojson.jsonl").write_text("\n".join([*good, "", '{"text": ']))
-    (tmp_path / "list.json").write_text('[\n{"text": "x"}\n]')
+    (tmp_path / "list.json").write_text('[\n{"text": "x"},\n{"te')
     whole = gzip.compress("\n".join(good * 50).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "plain.txt.gz").write_text("not gzip")
@@ -44,12 +44,12 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[str, type[Exception], str]]:
         "missing pattern": (f"a={tmp_path}/*.jsonz", DataError, "does not exist"),
         "no key": (f"a={tmp_path}/nokey.jsonl", DataError, r"Line 4 of `.*nokey.jsonl`.*has \['body'\].*--text-key"),
         "no json": (f"a={tmp_path}/nojson.jsonl", DataError, r"Line 5 of `.*nojson.jsonl`"),
-        "json in one piece": (f"a={tmp_path}/list.json", DataError, r"Line 1 of `.*list.json`"),
+        "cut array": (f"a={tmp_path}/list.json", DataError, r"Entry 2 of the array in `.*list.json` must be JSON"),
         "cut gzip": (f"a={tmp_path}/cut.jsonl.gz", DataError, r"cut.jsonl.gz` is broken gzip"),
         "not gzip": (f"a={tmp_path}/plain.txt.gz", DataError, r"plain.txt.gz` is broken gzip"),
         "flipped gzip": (f"a={tmp_path}/flipped.jsonl.gz", DataError, r"flipped.jsonl.gz"),
-        "not utf-8": (f"a={tmp_path}/latin.txt", DataError, "latin.txt` must be UTF-8 text, but byte 1"),
-        "line not utf-8": (f"a={tmp_path}/latin.jsonl", DataError, "Line 1 of .* must be UTF-8"),
+        "not utf-8": (f"a={tmp_path}/latin.txt", DataError, "latin.txt` must be UTF-8, but is not .byte 1"),
+        "line not utf-8": (f"a={tmp_path}/latin.jsonl", DataError, "Line 1 of .* must be UTF-8.*--on-bad-line skip"),
         "no text": (f"a={tmp_path}/blank.txt", DataError, "`a` has no document with text"),
         "unknown suffixes": (f"a={tmp_path}/folder", DataError, r"folder/\*\*/\*.py"),
         "one document": (f"a={one}", DataError, "validation share of 0.2: (raise|lower) `--validation-share`"),
@@ -61,7 +61,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[str, type[Exception], str]]:
 @pytest.mark.parametrize(
     "case",
     [
-        "missing path", "missing pattern", "no key", "no json", "json in one piece", "cut gzip", "not gzip",
+        "missing path", "missing pattern", "no key", "no json", "cut array", "cut gzip", "not gzip",
         "flipped gzip", "not utf-8", "line not utf-8", "no text", "unknown suffixes", "one document", "no name",
         "bad name",
     ],
