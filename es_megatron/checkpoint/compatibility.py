@@ -80,7 +80,7 @@ def list_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
 def _list_component_differences(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"component `{name}` changed: `{key}` was {before.get(key)} and is {now.get(key)}"
-        for key in _IDENTITY
+        for key in (*_IDENTITY, *(("content",) if before.get("content") and now.get("content") else ()))
         if before.get(key) != now.get(key)
     ]
 

@@ -191,6 +191,10 @@ class OrderSettings:
     """Node-local folder, such as `/dev/shm`, in which the ranks of a node share kept masks (1.15 bits a sample); None:
     each rank holds its own."""
 
+    check_files: bool = True
+    """Read the data files from end to end behind the run, and end it where one is not what the hash beside it says, or
+    has token ids that the model has not."""
+
     def __post_init__(self) -> None:
         """Check every field."""
         check_fields(self, "order.")

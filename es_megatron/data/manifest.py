@@ -37,7 +37,15 @@ class Component:
     """Share of draws, in any unit; the blend normalises."""
 
     fingerprint: str
-    """Hash that tells a changed file from the same one."""
+    """Hash that tells a changed file from the same one, of samples of it."""
+
+    content: str = ""
+    """BLAKE2b of the whole `.bin` file, as kept beside it; empty: not known. Compared where both sides know it."""
+
+    def same_content(self, other: Component) -> bool:
+        """Whether nothing that is known of the two contents differs."""
+        known = {self.content, other.content} - {""}
+        return self.fingerprint == other.fingerprint and len(known) < 2
 
     def __post_init__(self) -> None:
         """Check the fields."""

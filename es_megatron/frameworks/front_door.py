@@ -49,7 +49,24 @@ def attach(
 
     Raises:
         ConfigError: what cannot work, before the first iteration.
+        DataError: a data file is not what the hash beside it says, as far as a few seconds of reading tell; what is
+            found later is raised by `save`.
     """
+    handle: Any = _attach(target, blend, train_samples, config, options)
+    from es_megatron.frameworks.data_check import FIRST_SECONDS, check_behind
+    from es_megatron.frameworks.megatron_data import LoadedBlend
+
+    if isinstance(blend, LoadedBlend):
+        engine = handle.engine
+        handle.data = check_behind(blend, engine.grid, wanted=engine.config.order.check_files)
+        handle.data.agree(FIRST_SECONDS)
+    return handle
+
+
+def _attach(
+    target: Any, blend: BlendLike, train_samples: int, config: EvolvedSamplingConfig | None, options: dict[str, Any]
+) -> Any:
+    """Let the framework's own `attach` do it."""
     engines = {each.__name__ for each in type(target).__mro__ if each.__module__.partition(".")[0] == "deepspeed"}
     if "PipelineEngine" in engines:
         from es_megatron.frameworks import deepspeed_pipe

@@ -8,6 +8,7 @@ from typing import Any
 from es_megatron.checkpoint.es_state import SaveReport
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.plan import Plan
+from es_megatron.frameworks.data_check import DataCheck
 from es_megatron.frameworks.feed import MetaBatchFeed
 
 
@@ -23,6 +24,8 @@ class Handle:
             loss_source: model-parallel rank that computes losses.
         """
         self.engine, self.feed, self.loss_source = engine, feed, loss_source
+        self.data: DataCheck | None = None
+        """What is found out about the data files meanwhile; None: nobody looks."""
 
     @property
     def plan(self) -> Plan:
@@ -40,7 +43,14 @@ class Handle:
         return self.engine.done
 
     def save(self, folder: str | Path, **more: Any) -> SaveReport:
-        """Write scores, kept masks and position of all ranks into a folder; see `EvolvedSampling.save`."""
+        """Write scores, kept masks and position of all ranks into a folder; see `EvolvedSampling.save`.
+
+        Raises:
+            DataError: a data file is not what the hash beside it says; found out since the last time.
+            CheckpointError: it cannot be written.
+        """
+        if self.data is not None:
+            self.data.agree()
         return self.engine.save(folder, **more)
 
     def load(self, folder: str | Path) -> dict[str, Any]:

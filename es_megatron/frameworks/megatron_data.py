@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError, DataError
 from es_megatron.frameworks.blend_file import read_blend_file, vocabulary
+from es_megatron.frameworks.token_hash import check_ids, read_hash
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -295,13 +296,26 @@ def open_component(
         vocab_size: See `OneEpochDataset`.
 
     Raises:
-        DataError: See `open_token_file` and `OneEpochDataset`.
+        DataError: See `open_token_file`, `OneEpochDataset` and `known_content`.
     """
     file = open_token_file(prefix)
     dataset = OneEpochDataset(name, file, seq_length, vocab_size)
     fingerprint = fingerprint_token_file(file, seq_length)
-    rows = len(dataset)
-    return Component(name, str(prefix), rows, float(rows if weight is None else weight), fingerprint), dataset
+    rows, content = len(dataset), known_content(name, file, vocab_size)
+    return Component(name, str(prefix), rows, float(rows if weight is None else weight), fingerprint, content), dataset
+
+
+def known_content(name: str, file: TokenFile, vocab_size: int | None) -> str:
+    """The hash of a `.bin` file that is kept beside it, empty if there is none.
+
+    Raises:
+        DataError: By the hash, a file has another size, or the component has ids outside the vocabulary.
+    """
+    known = read_hash(file)
+    if known is None:
+        return ""
+    check_ids(name, file, known, vocab_size)
+    return known.bin
 
 
 class BlendedRows(Dataset[Sample]):
@@ -376,7 +390,8 @@ def load_blend(path: str | Path, seq_length: int) -> LoadedBlend:
         components.append(component)
         datasets.append(dataset)
         if entry.validation is not None:
-            file = open_token_file(path.parent / entry.validation)
-            validation[entry.name] = OneEpochDataset(f"{entry.name} (validation)", file, seq_length, vocab_size)
+            file, name = open_token_file(path.parent / entry.validation), f"{entry.name} (validation)"
+            known_content(name, file, vocab_size)
+            validation[entry.name] = OneEpochDataset(name, file, seq_length, vocab_size)
     manifest = Manifest(tuple(components), seq_length)
     return LoadedBlend(path, manifest, tuple(datasets), validation, tokenizer, vocab_size)

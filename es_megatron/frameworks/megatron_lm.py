@@ -27,6 +27,7 @@ from es_megatron.errors import CheckpointError
 from es_megatron.frameworks import auxiliary_losses
 from es_megatron.frameworks.arguments import Switches, read_switches
 from es_megatron.frameworks.audit import Audit
+from es_megatron.frameworks.data_check import FIRST_SECONDS, DataCheck, check_components
 from es_megatron.frameworks.feed import MetaBatchFeed
 from es_megatron.frameworks.megatron_core import MegatronCoreSampling, attach
 from es_megatron.frameworks.megatron_lm_data import (
@@ -83,6 +84,7 @@ class Run:
     """Iteration of Megatron's at which Evolved Sampling began."""
     resumed_at: int
     """Iteration of Megatron's that this process goes on from."""
+    data: DataCheck
     audit: Audit | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     """Wall-clock by part since the last line."""
@@ -124,7 +126,7 @@ def start(dialect: Dialect) -> None:
 
 def open_data(dialect: Dialect, args: Namespace) -> tuple[Manifest, list[SplitRows]]:
     """The training data that the arguments name."""
-    return open_rows(dialect.read_sources(args), args.seq_length)
+    return open_rows(dialect.read_sources(args), args.seq_length, getattr(args, "padded_vocab_size", None))
 
 
 def read_manifest(dialect: Dialect, args: Namespace) -> Manifest:
@@ -153,13 +155,16 @@ def _begin(args: Namespace, dialect: Dialect, switches: Switches, manifest: Mani
     )
     engine = sampling.engine
     totals = RunTotals(len(manifest.components), engine.meta_batch)
-    run = Run(args, dialect, sampling, totals, length, at.started_at, at.iteration)
+    vocab_size: int | None = getattr(args, "padded_vocab_size", None)
+    data = check_components(manifest, vocab_size, engine.grid, wanted=config.order.check_files)
+    run = Run(args, dialect, sampling, totals, length, at.started_at, at.iteration, data)
     if at.folder is not None:
         _restore(run, Path(at.folder))
     changes = length.shorten(args, at.started_at + engine.plan.schedule.iterations)
     if engine.grid.world_rank == 0:
         run.audit = None if switches.audit is None else Audit(switches.audit, run.started_at + 1, run.iteration)
         _print_plan(run, changes)
+    data.agree(FIRST_SECONDS)
     _run = run
 
 
@@ -256,6 +261,7 @@ def state_saved(iteration: int, non_persistent: bool) -> AbstractContextManager[
             f"Megatron saves at iteration {iteration}, but Evolved Sampling is at {_run.iteration}: a step was not "
             "told to it. Report this, with the flags of the run."
         )
+    _run.data.agree()
     folder = _run.dialect.state_folder(_run.args, iteration)
     report = engine.save(folder, totals=_run.totals.state_dict(), started_at=_run.started_at)
     if engine.grid.world_rank == 0:
@@ -290,15 +296,13 @@ def log(iteration: int) -> None:
     if _run is None or iteration % _run.args.log_interval:
         return
     engine, totals, record = _run.sampling.engine, _run.totals, _run.sampling.engine.last
+    _run.data.agree()
     seconds, _run.seconds = _run.seconds, {}
     if dist.get_rank() != dist.get_world_size() - 1 or record is None:
         return
     saved = saved_share(engine.plan, engine.iteration, totals)
     tokens = 1e-6 * _run.args.seq_length
-    forwarded, trained = (
-        (totals.sequences_scored + totals.sequences_trained) * tokens,
-        totals.sequences_trained * tokens,
-    )
+    scored, trained = totals.sequences_scored * tokens, totals.sequences_trained * tokens
     score, train = (1e3 * seconds.get(part, 0.0) / _run.args.log_interval for part in ("score", "train"))
     losses = {"meta-batch loss": record.meta_loss, "trained loss": record.chosen_loss}  # a free scorer has no first one
     parts = [
@@ -306,7 +310,7 @@ def log(iteration: int) -> None:
         f"es kept: {len(record.chosen)}/{engine.meta_batch}",
         *(f"{name}: {loss:.6E}" for name, loss in losses.items() if math.isfinite(loss)),
         f"saved so far: {saved:.1%}",
-        f"tokens forwarded: {forwarded:.3f} M",
+        f"tokens forwarded: {scored + trained:.3f} M",
         f"tokens trained: {trained:.3f} M",
         f"es score/train (ms): {score:.1f}/{train:.1f}",
         f"nan sequences: {totals.bad}",
@@ -322,7 +326,7 @@ def log(iteration: int) -> None:
             "es/meta_loss": record.meta_loss,
             "es/chosen_loss": record.chosen_loss,
             "es/saved": saved,
-            "es/tokens_forwarded": 1e6 * forwarded,
+            "es/tokens_forwarded": 1e6 * (scored + trained),
             "es/tokens_trained": 1e6 * trained,
             **{f"es/drawn_share/{name}": share for name, (share, _) in totals.shares(names).items()},
             **{f"es/trained_share/{name}": share for name, (_, share) in totals.shares(names).items()},

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import ConfigError, DataError
-from es_megatron.frameworks.megatron_data import OneEpochDataset, TokenFile, fingerprint_token_file, open_token_file
+from es_megatron.frameworks.megatron_data import (
+    OneEpochDataset,
+    TokenFile,
+    fingerprint_token_file,
+    known_content,
+    open_token_file,
+)
 
 Sample = dict[str, Tensor]
 
@@ -37,13 +43,15 @@ class DataPathEntry(NamedTuple):
 class SplitRows(OneEpochDataset):
     """One epoch of the training split of a component: windows of T + 1 tokens over its first documents."""
 
-    def __init__(self, name: str, file: TokenFile, seq_length: int, sequences: int) -> None:
+    def __init__(
+        self, name: str, file: TokenFile, seq_length: int, sequences: int, vocab_size: int | None = None
+    ) -> None:
         """Take an opened file and how many of its sequences (documents) the training split has.
 
         Raises:
             DataError: the split has fewer than T + 1 tokens.
         """
-        super().__init__(name, file, seq_length)
+        super().__init__(name, file, seq_length, vocab_size)
         self.sequences = sequences
         """Sequences of the split, which are the first of the file."""
         ends = (
@@ -67,7 +75,8 @@ class SplitRows(OneEpochDataset):
         if self.sequences < self.file.sequences:
             mark = f"{mark}-{self.sequences}"
         drawn = float(len(self)) if weight is None else weight
-        return Component(self.name, self.file.prefix, len(self), drawn, mark)
+        content = known_content(self.name, self.file, self.vocab_size)
+        return Component(self.name, self.file.prefix, len(self), drawn, mark, content)
 
 
 class Sources(NamedTuple):
@@ -127,15 +136,15 @@ def name_sources(prefixes: Sequence[str]) -> list[str]:
     return [name if short.count(name) == 1 else prefix for name, prefix in zip(short, prefixes, strict=True)]
 
 
-def open_rows(sources: Sources, seq_length: int) -> tuple[Manifest, list[SplitRows]]:
+def open_rows(sources: Sources, seq_length: int, vocab_size: int | None = None) -> tuple[Manifest, list[SplitRows]]:
     """Open every training component.
 
     Raises:
-        DataError: see `open_token_file` and `SplitRows`.
+        DataError: see `open_token_file`, `SplitRows` and `known_content`.
     """
     files = [open_token_file(source.prefix) for source in sources.files]
     rows = [
-        SplitRows(name, file, seq_length, sources.training_part(file.sequences))
+        SplitRows(name, file, seq_length, sources.training_part(file.sequences), vocab_size)
         for name, file in zip(name_sources([source.prefix for source in sources.files]), files, strict=True)
     ]
     components = [each.component(source.weight) for each, source in zip(rows, sources.files, strict=True)]

@@ -15,6 +15,7 @@ from es_megatron.checkpoint.agreement import agreed
 from es_megatron.core.metrics import LogEntry, RunTotals
 from es_megatron.core.plan import FORWARD_COST, TRAIN_COST, Layout, describe, nominal, predict
 from es_megatron.errors import ConfigError, DataError, LossError
+from es_megatron.frameworks.data_check import FIRST_SECONDS, check_behind
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scoring.arms import prunes
@@ -62,6 +63,7 @@ class Trainer:
         with agreed(world, "open the data", kind=DataError):
             blend = load_blend(settings.data.blend, settings.model.seq_length)
         self.blend: LoadedBlend = blend
+        self.data = check_behind(blend, world, wanted=settings.evolved_sampling.order.check_files)
         training = settings.training
         samples = training.draws(blend.manifest.total)
         self.checkpoints = RunCheckpoints(settings, blend, world, self.alarm.tell)
@@ -99,7 +101,9 @@ class Trainer:
             journal.say(plan)
             if self.checkpoints.changes:
                 journal.say(f"changed since iteration {start}: {', '.join(self.checkpoints.changes)}")
+            self.data.agree(FIRST_SECONDS)
             self._train(journal, iterations)
+            self.data.close()
             finished = self.engine.done
             wanted = self.settings.run.save_interval is not None or not finished
             if self._saved_at != self.engine.iteration and wanted:
@@ -178,7 +182,8 @@ class Trainer:
             )
 
     def _log(self, journal: Journal, sums: LogSums, rate: float) -> None:
-        """Mean loss since the last line; collective."""
+        """Mean loss since the last line, and whether the data are still trusted; collective."""
+        self.data.agree()
         own = self.grid.broadcast_over_mp(np.asarray(sums.loss), self.backend.loss_source)
         loss_sum, count = self.grid.sum_over_dp(own)
         steps = max(sums.steps, 1)
@@ -213,7 +218,11 @@ class Trainer:
             journal.evaluated(self.engine.iteration, losses)
 
     def _save(self, journal: Journal) -> None:
-        """Save this iteration, unless the run is where it began: frameworks cannot load an optimizer without a step."""
+        """Save this iteration, unless its scores met other text, or the run is where it began.
+
+        Frameworks cannot load an optimizer without a step.
+        """
+        self.data.agree()
         journal.saving()
         if self.totals.skipped >= self.engine.iteration:
             journal.say("nothing to save yet: no optimizer step was taken")
