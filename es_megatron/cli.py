@@ -39,6 +39,9 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             "run_prepare",
             ("--output data --component books='books/*.jsonl.gz' --component code=src/ --vocab-size 16000",),
         ),
+        "hash": Command(
+            "prepare.hashing", "run_hash", ("--blend data/blend.yaml", "corpora/books_text_document --renew")
+        ),
         "plan": Command(
             "forecast.command",
             "run_plan",

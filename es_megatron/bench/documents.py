@@ -217,12 +217,17 @@ def _hashes(parts: Sequence[ComponentTexts]) -> list[NDArray[np.uint64]]:
 def _with(parts: Sequence[ComponentTexts], new: Mapping[DocumentPlace, str], share: float) -> list[ComponentTexts]:
     """Parts with other texts at some places, none of which will be held out: a line break more moves a text's hash."""
     held = zip(_hashes(parts), held_out(parts, share), strict=True)
-    limit = max((int(hashes_N[held_N].max()) for hashes_N, held_N in held if held_N.any()), default=-1)
+    largest = max((int(hashes_N[held_N].max()) for hashes_N, held_N in held if held_N.any()), default=-1)
+
+    def falls_out(text: str) -> bool:
+        alone = corpora.choose_validation([np.asarray([corpora.hash_text(text)], np.uint64)], share)[0]
+        return bool(alone[0]) or corpora.hash_text(text) <= largest
+
     found: list[ComponentTexts] = []
     for number, part in enumerate(parts):
         texts = [new.get(DocumentPlace(number, at), text) for at, text in enumerate(part.texts)]
         for at in range(len(texts)):
-            while DocumentPlace(number, at) in new and corpora.hash_text(texts[at]) <= limit:
+            while DocumentPlace(number, at) in new and falls_out(texts[at]):
                 texts[at] += "\n"
         found.append(part._replace(texts=texts))
     return found

@@ -12,7 +12,7 @@ from es_megatron.checks.communication import check_communication
 from es_megatron.checks.config_report import Wishes, examine
 from es_megatron.checks.findings import Finding, blocking, fail, note, ok, report
 from es_megatron.checks.gloo import try_alone
-from es_megatron.checks.storage import check_checkpoint, check_data
+from es_megatron.checks.storage import check_checkpoint, check_data, check_hashes
 from es_megatron.checks.targets import check_targets
 from es_megatron.checks.versions import check_versions
 from es_megatron.config import EvolvedSamplingConfig
@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="launch script or settings of the run, as `patch --check` takes them",
     )
     parser.add_argument("--blend", type=Path, help="blend file of the run, to be opened")
+    parser.add_argument(
+        "--hash", action="store_true", help="read the blend's files from end to end: about a second for each GB"
+    )
     parser.add_argument("--seq-length", type=int, default=2048, metavar="T", help="tokens in a sample (default: 2048)")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that checkpoints go to")
     parser.add_argument(
@@ -47,6 +50,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         *check_targets(checkouts),
         *check_config(arguments.config),
         *data,
+        *check_hashes(blend, read=arguments.hash),
         *check_checkpoint(arguments.checkpoint, blend),
         *check_communication(os.environ),
         try_alone(),

@@ -48,6 +48,34 @@ def check_data(path: Path | None, seq_length: int) -> tuple[LoadedBlend | None, 
     return blend, findings
 
 
+def check_hashes(blend: LoadedBlend | None, *, read: bool) -> Iterator[Finding]:
+    """Whether the files of a blend are what the hashes beside them say, byte for byte.
+
+    Args:
+        blend: of the run, None if it was not opened.
+        read: read the files; else only tell which have a hash. Sizes and token ids were compared at opening.
+    """
+    if blend is None:
+        return
+    from es_megatron.frameworks.data_check import files_of, verify  # imports torch
+    from es_megatron.frameworks.token_hash import hash_path
+
+    for each in files_of(blend):
+        what = f"hash {each.name}"
+        cure = f"`es-megatron hash {each.file.prefix}` writes one"
+        try:
+            known = verify(each) if read else hash_path(each.file.prefix).exists()
+        except EsError as error:
+            yield fail(what, *split_error(error, "copy or prepare the component again"))
+            continue
+        if not known:
+            yield note(what, "none beside its files, so that a change of them may go unseen", cure)
+        elif read:
+            yield ok(what, f"all {each.file.tokens * each.file.dtype.itemsize / 1e9:.3f} GB are what it says")
+        else:
+            yield note(what, "not compared", "`--hash` reads all files")
+
+
 def check_checkpoint(folder: Path | None, blend: LoadedBlend | None) -> Iterator[Finding]:
     """Whether checkpoints can be written, how much fits, and whether the newest scores belong to the data."""
     if folder is None:

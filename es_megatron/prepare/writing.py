@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from es_megatron.errors import DataError
-from es_megatron.frameworks.megatron_data import open_token_file
 from es_megatron.frameworks.token_hash import check_ids, take_hash, write_hash
 from es_megatron.prepare import corpus as corpora
 from es_megatron.prepare.corpus import Survey
@@ -110,6 +109,8 @@ def left_out(found: dict[str, Any]) -> int:
 
 def _seal(path: Path, name: str, vocab_size: int) -> int:
     """Write the hash of a pair of token files beside them; returns its documents, as the files say."""
+    from es_megatron.frameworks.megatron_data import open_token_file  # imports torch
+
     file = open_token_file(path)
     known = take_hash(file)
     check_ids(name, file, known, vocab_size)

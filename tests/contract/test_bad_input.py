@@ -13,6 +13,8 @@ import yaml
 
 from es_megatron import cli
 from es_megatron.errors import DataError, EsError, LayoutError
+from es_megatron.frameworks.megatron_data import open_token_file
+from es_megatron.frameworks.token_hash import take_hash, write_hash
 from tests.ranks_helper import run_on_ranks
 from tests.small_run import Trainer, settings_of, train, write_blend
 
@@ -83,6 +85,54 @@ def test_data_of_another_tokenizer(blend: Path, tmp_path: Path) -> None:
         return str(raised.value)
 
     assert "must be in [0, 8)" in run_on_ranks(1, refuse)[0]
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_data_that_does_not_fit_is_told_to_every_rank_before_the_first_iteration(
+    hashed: bool, blend: Path, tmp_path: Path
+) -> None:
+    """Text that was written anew under the same hash; without a hash, ids that the model has not."""
+    path = blend.parent / "b.bin"
+    if hashed:
+        file = open_token_file(path.with_suffix(""))
+        write_hash(file, take_hash(file))
+        path.write_bytes(bytes(2) + path.read_bytes()[:-2])
+    else:
+        path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
+
+    def refuse() -> tuple[str, int]:
+        trainer = Trainer(settings_of(blend, tmp_path / "run"))
+        with pytest.raises(DataError) as raised:
+            trainer.run()
+        return str(raised.value), trainer.engine.iteration
+
+    told = run_on_ranks(2, refuse, timeout=SECONDS)
+    assert told[0] == told[1]
+    assert ("is not the file it was" if hashed else "`b` must be in [0, 96)") in told[0][0]
+    assert told[0][1] == 0
+
+
+def test_a_change_that_is_found_late_ends_the_run_before_it_is_saved(blend: Path, tmp_path: Path) -> None:
+    file = open_token_file(blend.parent / "b")
+    write_hash(file, take_hash(file))
+    path = blend.parent / "b.bin"
+    path.write_bytes(bytes(2) + path.read_bytes()[:-2])
+
+    def refuse() -> str:
+        settings = settings_of(blend, tmp_path / "run")
+        trainer = Trainer(settings)
+        trainer.data._done.wait(SECONDS)  # found, and nobody has asked
+        trainer.data.agree, agree = lambda *_: None, trainer.data.agree
+        save = trainer._save
+        trainer._save = lambda journal: (setattr(trainer.data, "agree", agree), save(journal))[1]
+        with pytest.raises(DataError, match="is not the file it was") as raised:
+            trainer.run()
+        assert trainer.engine.iteration > 0
+        return str(raised.value)
+
+    told = run_on_ranks(2, refuse, timeout=SECONDS)
+    assert told[0] == told[1]
+    assert not list((tmp_path / "run").rglob("es_state"))
 
 
 # --- settings, through the command line as under torchrun ---

@@ -233,3 +233,16 @@ def test_a_ready_blend_that_is_not_there(tmp_path):
 def test_nothing_else_is_said_of_a_ready_blend(tmp_path):
     with pytest.raises(ConfigError, match="Nothing else may be given with `blend`"):
         Recipe(blend=tmp_path / "blend.yaml", vocab_size=500)
+
+
+def test_a_component_of_few_documents_is_split_and_what_is_damaged_is_not_evaluated():
+    for seed in range(20):
+        few = [ComponentTexts("few", make_texts(7, seed)), ComponentTexts("two", make_texts(2, 100 + seed))]
+        held = held_out(few, 0.01)
+        assert [int(held_N.sum()) for held_N in held] == [1, 1]
+        (after, _) = derive(few, Recipe(demo=True, validation_share=0.01, damage=Damage(share=0.5, inside=True)))
+        (now, _) = held_out([after, few[1]], 0.01)
+        assert (now == held[0]).all()
+        assert [text for text, out in zip(after.texts, now, strict=True) if out] == [
+            text for text, out in zip(few[0].texts, held[0], strict=True) if out
+        ]
