@@ -22,7 +22,7 @@ def summarise(report: dict[str, Any], output: Path) -> str:
         lines.extend(_account(entry))
     lines.append(f"vocabulary {report['vocab_size']:,}, {report['seconds']:.1f} s, blend file {output / 'blend.yaml'}")
     if unread := lost(report):
-        lines.append(f"NOT READ: {unread} file{'s' if unread > 1 else ''} or folders, named above (exit code 3)")
+        lines.append(f"NOT READ: {unread} of what was found, as named above (exit code 3)")
     return "\n".join(lines)
 
 

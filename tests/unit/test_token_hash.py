@@ -161,7 +161,7 @@ def test_the_doctor_tells_what_has_no_hash_and_reads_when_asked(tmp_path: Path) 
 
 
 def check(blend: LoadedBlend) -> DataCheck:
-    return check_behind(blend, RankGrid(), wanted=True)
+    return check_behind(blend, RankGrid.alone(), wanted=True)
 
 
 def test_a_change_is_raised_in_the_main_thread(tmp_path: Path) -> None:
@@ -170,10 +170,10 @@ def test_a_change_is_raised_in_the_main_thread(tmp_path: Path) -> None:
     change(tmp_path / "a.bin", 7_001)
     with pytest.raises(DataError, match=r"a.bin` is not the file it was"):
         check(blend).agree(60)
-    check_behind(blend, RankGrid(), wanted=False).agree(60)
+    check_behind(blend, RankGrid.alone(), wanted=False).agree(60)
     with pytest.raises(DataError, match=r"a.bin` is not the file it was"):
-        check_components(blend.manifest, VOCABULARY, RankGrid(), wanted=True).agree(60)
-    check_components(blend.manifest, VOCABULARY, RankGrid(), wanted=False).agree(60)
+        check_components(blend.manifest, VOCABULARY, RankGrid.alone(), wanted=True).agree(60)
+    check_components(blend.manifest, VOCABULARY, RankGrid.alone(), wanted=False).agree(60)
 
 
 def test_ids_of_files_without_a_hash_are_found_too(tmp_path: Path) -> None:
