@@ -51,7 +51,8 @@ def _account(entry: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: {found['byte_order_marks']:,} byte-order marks dropped"
     if found["duplicate_documents"]:
         of_files = [f"{count:,} of {path}" for path, count in found["duplicates_by_file"].items()]
-        yield f"{name}: {found['duplicate_documents']:,} of the documents stood before, word for word:"
+        of_files = of_files if found["files"] > 1 else []
+        yield f"{name}: {found['duplicate_documents']:,} of the documents stood before, word for word"
         yield from _some(f"{name}:   ", of_files, len(of_files))
     for lost_ones in (True, False):
         told_of = [f"{each['path']} {each['reason']}" for each in found["left_out"] if each["lost"] is lost_ones]

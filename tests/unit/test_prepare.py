@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from es_megatron.errors import DataError
-from es_megatron.prepare import command
+from es_megatron.frameworks.megatron_data import open_token_file
+from es_megatron.frameworks.token_hash import read_hash, take_hash
+from es_megatron.prepare import command, writing
 from es_megatron.prepare import corpus as corpora
 from es_megatron.prepare.command import PrepareSettings, prepare
 from es_megatron.prepare.finding import find_corpus
@@ -249,3 +251,51 @@ def test_the_command_line_reaches_every_setting(
     report = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert f"{report['components'][1]['train']['tokens']:,}" in printed
     assert str(tmp_path / "out" / "blend.yaml") in printed
+
+
+def test_what_is_read_is_accounted_for_and_sealed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = make_texts(60, seed=3)
+    path = write_lines(folder / "a.jsonl", [*texts, " ", texts[0]])
+    path.write_bytes(path.read_bytes() + b'{"text": null}\n{"body": "x"}\n')
+    write_lines(folder / "b.jsonl.gz", texts[:2])
+    (folder / "c.pdf").write_bytes(b"%PDF")
+    (folder / ".git").mkdir()
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = ["--output", str(tmp_path / "out"), "--component", f"c={folder}", "--vocab-size", "330", "--workers", "1"]
+    given += ["--validation-share", "0.1", "--max-megabytes", "0.01", "--no-progress", "--on-bad-line", "skip"]
+    assert command.run_prepare(parser.parse_args(given)) == 3
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    (entry,) = report["components"]
+    found, written = entry["found"], entry["train"]["documents"] + entry["validation"]["documents"]
+    assert found["read"] == 66 == written + found["beyond_limit"] + 3
+    assert found["beyond_limit"] > 0
+    assert (found["empty_documents"], found["bad_entries"]) == (1, {"null": 1, "no such field": 1})
+    assert f"c: 66 read from 2 files = {entry['train']['documents']} training + " in printed
+    assert " + 1 empty + 1 null + 1 no such field + " in printed
+    assert "c: 3 of the documents stood before, word for word\nc:   2 of " in printed
+    assert f"c: NOT READ: {folder}/c.pdf is of no known form" in printed
+    assert f"c: not read: {folder}/.git is a hidden folder" in printed
+    for side in ("train", "valid"):
+        file = open_token_file(tmp_path / "out" / f"c.{side}")
+        assert read_hash(file) == take_hash(file)
+        assert len(read_back(tmp_path / "out", f"c.{side}")) == file.documents
+
+
+def test_two_texts_are_enough_and_one_stands_on_either_side(tmp_path: Path) -> None:
+    for share in (1e-9, 0.999):
+        path = write_lines(tmp_path / "a.jsonl", make_texts(2) * 30)
+        prepare(small(tmp_path, f"a={path}", output=tmp_path / str(share), validation_share=share))
+        train, held = (set(read_back(tmp_path / str(share), f"a.{side}")) for side in ("train", "valid"))
+        assert len(train) == len(held) == 1
+        assert train != held
+
+
+def test_documents_that_do_not_come_out_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lines(tmp_path / "a.jsonl", make_texts(30))
+    monkeypatch.setattr(writing, "_seal", lambda *_: 1)
+    with pytest.raises(DataError, match="30 entries of component `a` were read, but 2 documents were written and 0"):
+        prepare(small(tmp_path, f"a={path}"))

@@ -8,6 +8,7 @@ import os
 import struct
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ import yaml
 
 from es_megatron.checkpoint.compatibility import list_differences
 from es_megatron.checks import storage
+from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import ConfigError, DataError
-from es_megatron.frameworks import data_check, token_hash
+from es_megatron.frameworks import data_check, front_door, token_hash
 from es_megatron.frameworks.data_check import DataCheck, DataFile, check_behind, check_components, verify
+from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.megatron_data import LoadedBlend, load_blend, open_token_file
 from es_megatron.frameworks.token_hash import hash_path, read_hash, take_hash, write_hash
 from es_megatron.prepare import hashing
@@ -216,6 +219,24 @@ def test_the_pass_has_low_priority_and_leaves_off_when_told(tmp_path: Path, monk
     running.agree(60)
     assert seen == [("a", 19)]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
+
+
+def test_attach_and_save_look_at_the_data(tmp_path: Path, monkeypatch: Any) -> None:
+    blend = load_blend(make_blend(tmp_path), LENGTH)
+    engine = SimpleNamespace(grid=RankGrid.alone(), config=EvolvedSamplingConfig(), save=lambda folder: folder)
+    handle = Handle(engine, None, 0)  # type: ignore[arg-type]
+    monkeypatch.setattr(front_door, "_attach", lambda *_: handle)
+    assert front_door.attach(None, blend, train_samples=1).save("here") == "here"
+    monkeypatch.setattr(data_check, "FIRST_SECONDS", 0.0)
+    go_on = threading.Event()
+    monkeypatch.setattr(data_check, "verify", lambda *given: go_on.wait(60) and verify(*given))
+    change(tmp_path / "a.bin", 7_001)
+    front_door.attach(None, blend, train_samples=1).save("here")
+    assert handle.data is not None
+    go_on.set()
+    assert handle.data._done.wait(60)
+    with pytest.raises(DataError, match=r"a.bin` is not the file it was"):
+        handle.save("here")
 
 
 def test_what_is_read_back_is_what_was_written(tmp_path: Path) -> None:
