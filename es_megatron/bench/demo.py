@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from es_megatron.bench.command import compare_spec
+from es_megatron.bench.spec import SHIPPED
 from es_megatron.resources import resource
-
-SPEC = Path("compare") / "demo.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,4 +19,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the shipped comparison, or what is left of it; returns 1 if a run has failed."""
-    return int(compare_spec(resource("configs") / SPEC, arguments))
+    return int(compare_spec(resource("configs") / SHIPPED, arguments))

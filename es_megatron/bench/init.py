@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from es_megatron.bench.demo import SPEC
-from es_megatron.bench.spec import load_spec
+from es_megatron.bench.spec import SHIPPED, load_spec
 from es_megatron.errors import ConfigError, DataError
 from es_megatron.prepare.corpus import find_corpus, parse_component
 from es_megatron.resources import resource
@@ -48,7 +47,7 @@ def init_spec(path: Path, components: Sequence[str], minutes: float) -> str:
         raise ConfigError("`--component NAME=PATH` must be given with `--init` at least once: the text to compare on.")
     found = {name: find_corpus(name, [where]).files for name, where in named}
     sizes = {name: 1e-6 * sum(file.stat().st_size for file in files) for name, files in found.items()}
-    shipped = load_spec(resource("configs") / SPEC)
+    shipped = load_spec(resource("configs") / SHIPPED)
     cores = os.cpu_count() or 1
     room = 60 * minutes * cores / (SECONDS_A_MEGABYTE * COSTS * len(shipped.seeds)) / len(sizes)
     megabytes = round(min(max(sizes.values()), room), 2)
@@ -57,7 +56,7 @@ def init_spec(path: Path, components: Sequence[str], minutes: float) -> str:
             f"{megabytes:g} MB of each component are too little to compare on. Give more text, more `--minutes`, or "
             "fewer components."
         )
-    content: dict[str, Any] = yaml.safe_load((resource("configs") / SPEC).read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.safe_load((resource("configs") / SHIPPED).read_text(encoding="utf-8"))
     recipe = {"components": [f"{name}={Path(where).absolute()}" for name, where in named], "max_megabytes": megabytes}
     content["blends"] = {"own": {**recipe, "validation_share": 0.15, "set_aside": 0.25}}
     content["jobs"] = cores

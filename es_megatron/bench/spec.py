@@ -37,6 +37,9 @@ KEYS = (
     "final_rate",
     "jobs",
 )
+SHIPPED = Path("compare") / "demo.yaml"
+"""The spec of the demo, below the shipped `configs`."""
+
 MERGED = ("blends", "arms", "reference_models")
 """Mappings to which a spec adds entries of its own where it extends another."""
 

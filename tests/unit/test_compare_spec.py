@@ -8,10 +8,9 @@ import pytest
 import yaml
 
 from es_megatron.bench.command import add_arguments, narrow
-from es_megatron.bench.demo import SPEC
 from es_megatron.bench.recipe import Recipe, Sources, identity
 from es_megatron.bench.runs import CaseBlend, Task, check_arms, settings_of
-from es_megatron.bench.spec import Case, load_spec, read_spec
+from es_megatron.bench.spec import SHIPPED, Case, load_spec, read_spec
 from es_megatron.errors import ConfigError
 from es_megatron.resources import resource
 
@@ -156,7 +155,7 @@ def test_seeds_of_the_command_line_count_once():
 
 
 @pytest.mark.parametrize(
-    "path", [*sorted(QUALITY.glob("*.yaml")), resource("configs") / SPEC], ids=lambda path: path.stem
+    "path", [*sorted(QUALITY.glob("*.yaml")), resource("configs") / SHIPPED], ids=lambda path: path.stem
 )
 def test_the_specs_that_are_shipped_can_run(path):
     spec = load_spec(path)
