@@ -64,7 +64,8 @@ def examine(name: str, source: Source, wishes: Wishes) -> Report:
     reports += [examine_run(run, settled) for run in source.runs[1:]]
     findings = dict.fromkeys(finding for each, _ in reports for finding in each)
     ordered = sorted(findings, key=lambda finding: ORDER.index(finding.severity))
-    lines = [str(source.text.count("\n", 0, launch.anchor.start) + 1) for launch in source.launches]
+    numbers = sorted({source.text.count("\n", 0, launch.at) + 1 for launch in source.launches})
+    lines = [str(number) for number in numbers]
     where = f", launched on line{'s' if len(lines) > 1 else ''} {', '.join(lines)}" if lines else ""
     return Report(f"{name}: {KINDS[source.kind]}{where}", tuple(ordered), reports[0][1])
 

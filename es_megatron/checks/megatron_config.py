@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from es_megatron.checks.findings import Finding, note, ok, refuse
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import ExistingRun
-from es_megatron.config_files.shell_values import shown
+from es_megatron.config_files.shell.traced import shown
 from es_megatron.refusals.megatron_deepspeed import MEGATRON_DEEPSPEED
 from es_megatron.refusals.megatron_lm import MEGATRON_LM
 from es_megatron.refusals.model import MODEL

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from es_megatron.config_files.shell_values import MARK, unknowns
+from es_megatron.config_files.shell.traced import MARK, unknowns
 from es_megatron.errors import ConfigError
 
 Kind = Literal["script", "arguments", "yaml", "deepspeed"]

@@ -4,44 +4,63 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from es_megatron.config_files.shell_syntax import Command, Word, parse
-from es_megatron.config_files.shell_values import MARK, Field, Shell
+from es_megatron.config_files.shell.expansion import Field, plain
+from es_megatron.config_files.shell.grammar import Statement
+from es_megatron.config_files.shell.interpreter import SHELLS, SILENT, Call, Interpreter
+from es_megatron.config_files.shell.traced import MARK, Place, Traced, between, made, places_of, shown, unknowns
 
-SCRIPT = re.compile(r"(pretrain|train|finetune)\w*\.py")
-LAUNCHER = re.compile(r"torchrun|python[\d.]*|deepspeed|torch\.distributed\.(run|launch)|accelerate")
-RUNNER = "es_megatron.run"
-HARMLESS = (
-    "echo",
-    "printf",
-    "ls",
-    "cp",
-    "mv",
-    "cat",
-    "test",
-    "[",
-    "[[",
-    "ln",
-    "chmod",
-    "md5sum",
-    "grep",
-    "git",
-    "export",
+SCRIPT = re.compile(r"(pretrain|posttrain|train|finetune)\w*\.py")
+CORE = re.compile(
+    r"--(micro-batch-size|global-batch-size|num-layers|hidden-size|seq-length|train-iters|train-samples|lr-decay-style"
+    r"|num-attention-heads|tensor-model-parallel-size|pipeline-model-parallel-size|data-path|use-mcore-models)\b"
 )
+"""Options that make a script one of Megatron's."""
+RUNNER = "es_megatron.run"
+PYTHON = re.compile(r"python[\d.]*")
+MODULE = ("-m", "--module")
+TAKES: Mapping[str, tuple[str, ...]] = {
+    "python": ("-m",),
+    "torchrun": MODULE,
+    "torch.distributed.run": MODULE,
+    "torch.distributed.launch": MODULE,
+    "accelerate": MODULE,
+    "dlrover-run": MODULE,
+    "ft_launcher": MODULE,
+    "deepspeed": ("--module",),
+    "ds": ("--module",),
+    "deepspeed.launcher.runner": ("--module",),
+}
+"""What starts a training script -> the options by which it takes a module instead."""
 DIRECTIVE = re.compile(r"^#SBATCH\s+(.*)$", re.MULTILINE)
-WHITESPACE = " \t\r\n\f\v"
+SCHEDULED = {
+    "SLURM_NNODES": ("--nodes", "-N"),
+    "SLURM_JOB_NUM_NODES": ("--nodes", "-N"),
+    "SLURM_NTASKS": ("--ntasks", "-n"),
+    "SLURM_NTASKS_PER_NODE": ("--ntasks-per-node",),
+    "SLURM_GPUS_PER_NODE": ("--gpus-per-node",),
+}
+"""Variables that the scheduler sets -> the options of `#SBATCH` that they follow."""
 
 
-@dataclass(frozen=True)
-class Anchor:
-    """Where the word of the training script stands in the text."""
+class Site(NamedTuple):
+    """A part of the file that makes just the word of the training script."""
 
     start: int
     end: int
-    inline: bool
-    """It stands inside a quoted command, where an array cannot be used."""
+    direct: bool
+    """A word of the launch line itself, where an array that was set before can be used."""
+
+
+class Reason(NamedTuple):
+    """Why a launch cannot be changed."""
+
+    what: str
+    why: str
+    cure: str
 
 
 @dataclass(frozen=True)
@@ -52,16 +71,15 @@ class Launch:
     """Fields up to the script: launcher, its options, environment."""
     script: str
     arguments: tuple[str, ...]
-    anchor: Anchor
-    line_start: int
-    cut_at: int | None
+    sites: tuple[Site, ...]
+    """Where the script's word can be changed, the outermost first."""
+    at: int
+    """An offset in the line that starts it, or that holds its script."""
+    takes: tuple[str, ...]
+    """Options by which its launcher takes a module; none if it is not known to."""
+    cut_at: int | None = None
     """Offset of a comment that ends the command although its line was continued."""
-
-    @property
-    def launcher(self) -> str:
-        """`deepspeed` where that starts the script, else `python`."""
-        names = {posixpath.basename(each) for each in self.before}
-        return "deepspeed" if "deepspeed" in names else "python"
+    refused: Reason | None = None
 
     @property
     def patched(self) -> bool:
@@ -87,94 +105,182 @@ class Script:
     """Defaults taken for variables of the environment."""
     undecided: tuple[str, ...]
     """Flags set in branches that may or may not run."""
-    variables: Mapping[str, object]
+    variables: Mapping[str, str]
     directives: Mapping[str, str] = field(default_factory=dict[str, str])
     """Options of `#SBATCH` lines."""
+    statements: tuple[Statement, ...] = ()
+    commands: tuple[tuple[str, ...], ...] = ()
+    """Fields of every command that is not a launch."""
 
 
-def read_script(text: str, pinned: Mapping[str, str], name: str | None = None) -> Script:
+def read_script(text: str, pinned: Mapping[str, str], name: str | None = None, runs: Traced | None = None) -> Script:
     """Find the launch lines of a bash script.
 
     Args:
         text: the script.
         pinned: variables whose value the user told.
-        name: file name of the training script, where it is none of `pretrain*.py`, `train*.py`, `finetune*.py`.
+        name: file name of the training script, where neither its name nor its options tell it.
+        runs: where the script stands, if it is a part of another file.
 
     Raises:
         ConfigError: a quote or bracket is never closed.
     """
-    shell = Shell(pinned, dict(pinned))
-    launches: list[Launch] = []
-    for command, fields in shell.commands(parse(text)):
-        if fields and posixpath.basename(fields[0].text) not in HARMLESS:
-            launches += find_launches(text, command, fields, shell, name)
-    unique = {launch.anchor: launch for launch in launches}
     directives: dict[str, str] = {}
     for line in DIRECTIVE.findall(text):
         for match in re.finditer(r"(--?[\w-]+)(?:[= ]\s*([^\s-]\S*))?", line):
             directives[match[1]] = match[2] or ""
+    known = {
+        variable: made(directives[option])
+        for variable, options in SCHEDULED.items()
+        for option in options
+        if directives.get(option, "").isdigit()
+    }
+    interpreter = Interpreter(pinned=pinned, variables={**known, **{key: made(value) for key, value in pinned.items()}})
+    launches: list[Launch] = []
+    commands: list[tuple[str, ...]] = []
+    for call in interpreter.run(text, runs):
+        found = launch_of(call, name)
+        if found is None:
+            commands.append(tuple(each.text for each in call.fields))
+        else:
+            launches.append(found)
+    unique = dict.fromkeys(launches)
     return Script(
-        tuple(unique.values()), shell.assumed, tuple(dict.fromkeys(shell.undecided)), shell.variables, directives
+        tuple(unique),
+        interpreter.assumed,
+        tuple(dict.fromkeys(interpreter.undecided)),
+        {key: plain(value) for key, value in interpreter.variables.items()},
+        directives,
+        tuple(interpreter.parser.statements) if interpreter.parser else (),
+        tuple(commands),
     )
 
 
-def is_script(text: str, name: str | None) -> bool:
-    """Whether a field is the training script."""
-    base = posixpath.basename(text)
-    return base == name if name else SCRIPT.fullmatch(base) is not None
-
-
-def launches_it(before: list[str]) -> bool:
-    """Whether what stands before the script runs it, rather than names it."""
-    return any(LAUNCHER.fullmatch(posixpath.basename(each)) or MARK.search(each) for each in before)
-
-
-def find_launches(text: str, command: Command, fields: list[Field], shell: Shell, name: str | None) -> Iterator[Launch]:
-    """Give the launch that a command is, directly or in a quoted command of its own."""
-    texts = [each.text for each in fields]
-    for at, each in enumerate(fields):
-        if is_script(each.text, name) and launches_it(texts[:at]):
-            anchor = anchor_of(text, each, shell, name)
-            if anchor is not None:
-                yield Launch(
-                    tuple(texts[:at]), each.text, tuple(texts[at + 1 :]), anchor, command.line_start, command.cut_at
-                )
-            return
-    for each in fields:
-        if any(character in each.text for character in WHITESPACE) and ".py" in each.text:
-            yield from quoted_launches(text, command, each, shell, name)
-
-
-def quoted_launches(text: str, command: Command, outer: Field, shell: Shell, name: str | None) -> Iterator[Launch]:
-    """Look into `bash -c "..."`, whose text is a script of its own."""
-    inner = Shell(shell.pinned, dict(shell.variables))
-    for _, fields in inner.commands(parse(outer.text)):
-        texts = [each.text for each in fields]
-        for at, each in enumerate(fields):
-            if is_script(each.text, name) and launches_it(texts[:at]):
-                anchor = anchor_of(text, Field(each.text, outer.word, False), shell, name)
-                if anchor is not None:
-                    before = (*(word for word in ["srun"] if "srun" in text), *texts[:at])
-                    yield Launch(before, each.text, tuple(texts[at + 1 :]), anchor, command.line_start, command.cut_at)
-                return
-
-
-def anchor_of(text: str, each: Field, shell: Shell, name: str | None) -> Anchor | None:
-    """Place of the script in the text: its own word, or within the quoted word or variable that holds the command."""
-    if each.alone:
-        return Anchor(each.word.start, each.word.end, False)
-    word = each.word
-    variables = [piece.value.split("[")[0] for piece in word.pieces if piece.kind == "variable"]
-    held = [shell.sources[variable] for variable in variables if variable in shell.sources]
-    for place in [word, *held]:
-        found = within(text, place, name)
-        if found is not None:
-            return found
+def launch_of(call: Call, name: str | None) -> Launch | None:
+    """The launch that a command is; None if it is none."""
+    texts = [each.text for each in call.fields]
+    if posixpath.basename(texts[0]) in SILENT:
+        return None
+    for at, text in enumerate(texts):
+        if not is_script(text, texts[at + 1 :], name):
+            continue
+        takes, known = takes_of(texts[:at])
+        if not known and not any(CORE.search(each) for each in texts[at + 1 :]) and not launcher_like(texts[:at]):
+            return None
+        return made_of(call, at, takes, known)
     return None
 
 
-def within(text: str, word: Word, name: str | None) -> Anchor | None:
-    """The script's name inside a word, from blank or quote to blank or quote."""
-    pattern = re.escape(name) if name else SCRIPT.pattern
-    found = re.compile(rf"[^\s\"'=;]*(?<![\w-])(?:{pattern})(?![\w.])").search(text, word.start, word.end)
-    return None if found is None else Anchor(found.start(), found.end(), True)
+def made_of(call: Call, at: int, takes: tuple[str, ...], known: bool) -> Launch:
+    """A launch whose script is one field of a command."""
+    texts = [each.text for each in call.fields]
+    sites = tuple(sites_of(call, at))
+    arguments = tuple(texts[at + 1 :])
+    refused = None
+    if not known:
+        refused = not_known(texts[:at], texts[at])
+    elif packed := [each for each in arguments if each.startswith("--") and len(each.split()) > 2 and "=" not in each.split()[0]]:
+        refused = Reason(
+            f"`{shown(packed[0])[:40]}...`",
+            "stands in quotes, so the script is given many options as one word",
+            "leave out the quotes, or use an array",
+        )
+    elif not sites:
+        refused = Reason(
+            f"`{shown(texts[at])}`",
+            "the file does not show where this word of the command is made",
+            f"write the command into the file, or put `{takes[0]} {RUNNER}` before it by hand",
+        )
+    return Launch(
+        (*call.around, *texts[:at]),
+        texts[at],
+        arguments,
+        sites,
+        sites[0].start if sites else offset_of(call, at),
+        takes,
+        call.command.cut_at if call.context.runs is None else None,
+        refused,
+    )
+
+
+def offset_of(call: Call, at: int) -> int:
+    """An offset in the file near a field, for the number of its line."""
+    places = [run.trail[-1].start for run in call.fields[at].runs if run.trail]
+    return places[0] if places else call.command.start if call.context.runs is None else 0
+
+
+def is_script(text: str, rest: Sequence[str], name: str | None) -> bool:
+    """Whether a field is the training script: by the name that the user told, or its own, or the options behind it."""
+    base = posixpath.basename(text)
+    if name:
+        return base == posixpath.basename(name)
+    if not base.endswith(".py") or base.startswith("-"):
+        return False
+    return SCRIPT.fullmatch(base) is not None or len({each[1] for x in rest if (each := CORE.match(x))}) > 2
+
+
+def takes_of(before: Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    """Options by which what starts a script takes a module, and whether it is known to start it."""
+    for at in range(len(before) - 1, -1, -1):
+        name = posixpath.basename(before[at])
+        name = "python" if PYTHON.fullmatch(name) else name
+        between_them = list(before[at + 1 :])
+        if name == RUNNER:
+            return ("-m",), True
+        if name in TAKES:
+            other = any(each.endswith((".py", ".sh")) or posixpath.basename(each) in SHELLS for each in between_them)
+            return TAKES[name], not other and values_alone(between_them, name)
+    return (), False
+
+
+def values_alone(words: Sequence[str], name: str) -> bool:
+    """Whether the words between a launcher and the script are options and their values."""
+    if name == "accelerate":
+        words = words[1:] if words[:1] == ["launch"] else words
+    for previous, word in zip(("", *words), words, strict=False):
+        valued = bool(previous) and (name != "python" or previous in ("-W", "-X"))
+        if not word.startswith("-") and not MARK.search(word) and not valued:
+            return False
+    return True
+
+
+def launcher_like(before: Sequence[str]) -> bool:
+    """Whether the words before a script can be a launcher that is not known: a value that the text does not tell."""
+    return bool(before) and MARK.search(before[0]) is not None
+
+
+def not_known(before: Sequence[str], script: str) -> Reason:
+    """What is said of a launcher that may not take a module."""
+    name = posixpath.basename(script)
+    missing = [each for word in before for each in unknowns(word)]
+    takes = ", ".join(f"`{each}`" for each in list(TAKES)[:4])
+    if missing:
+        example = f"`--set {missing[0]}='torchrun ...'`" if missing[0].isidentifier() else "`--set NAME=VALUE`"
+        return Reason(
+            f"`${missing[0]}`", f"not known from the file alone, and it starts `{shown(name)}`", f"give it with {example}"
+        )
+    words = [posixpath.basename(each) for each in before if not each.startswith("-") and "=" not in each]
+    shell = [f"{word} {words[at + 1]}" for at, word in enumerate(words[:-1]) if word in SHELLS]
+    told = shell[0] if shell else words[0] if words else name
+    return Reason(
+        f"`{told}`",
+        f"it starts `{shown(name)}`, and is not known to take a module in its place, as {takes} do",
+        "start the script with one of those, or patch the file in which they stand",
+    )
+
+
+def sites_of(call: Call, at: int) -> Iterator[Site]:
+    """Where a field of a command can be changed, the outermost first."""
+    target: Field = call.fields[at]
+    rest = [run for other, each in enumerate(call.fields) if other != at for run in each.runs]
+    places: list[Place] = []
+    word = target.word
+    if target.alone and call.context.runs is None:
+        places.append(Place(word.start, word.end))
+    elif target.alone and call.context.runs is not None:
+        runs = call.context.runs
+        outside = [*between(runs, 0, word.start), *between(runs, word.end, len(call.context.text))]
+        places += places_of(between(runs, word.start, word.end), outside)
+    places += places_of(target.runs, rest)
+    for number, place in enumerate(dict.fromkeys(places)):
+        yield Site(place.start, place.end, call.direct and target.alone and number == 0)

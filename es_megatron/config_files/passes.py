@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from es_megatron.config_files.existing_run import ExistingRun
-from es_megatron.config_files.shell_values import unknowns
+from es_megatron.config_files.shell.traced import unknowns
 from es_megatron.errors import DataError
 
 

@@ -14,8 +14,9 @@ import yaml
 from es_megatron.config.names import SECTION, block_in
 from es_megatron.config_files.existing_run import ALIASES, SIZES, ExistingRun, Kind, canonical, parse_options
 from es_megatron.config_files.launches import Launch, Script, read_script
-from es_megatron.config_files.shell_syntax import Command, parse
-from es_megatron.config_files.shell_values import Shell, unknown, unknowns
+from es_megatron.config_files.ranks import world_size_of
+from es_megatron.config_files.shell.interpreter import Interpreter
+from es_megatron.config_files.shell.traced import unknown, unknowns
 from es_megatron.errors import ConfigError
 
 KINDS = {
@@ -50,6 +51,8 @@ class Source:
     launches: tuple[Launch, ...] = ()
     settings: tuple[str, ...] | Mapping[str, Any] = ()
     """Settings of Evolved Sampling that stand in it already: flags of a script, or the block."""
+    hints: Hints = field(default_factory=Hints)
+    """With which it was read."""
 
 
 def read_text(path: Path) -> str:
@@ -99,7 +102,12 @@ def _script(text: str, hints: Hints) -> Source:
         )
     runs = tuple(_run_of(text, script, launch, hints) for launch in script.launches)
     flags = tuple(each for each in script.launches[0].arguments)
-    return Source("script", text, runs, script.launches, _es_flags(flags))
+    return Source("script", text, runs, script.launches, _es_flags(flags), hints)
+
+
+def scripts_in(kind: Kind, text: str, hints: Hints) -> list[Script]:
+    """The scripts that a file is, or holds."""
+    return [read_script(text, hints.values, hints.script)] if kind == "script" else []
 
 
 def _es_flags(arguments: tuple[str, ...]) -> tuple[str, ...]:
@@ -187,34 +195,10 @@ _KNOWN = {
 }
 
 
-def world_size_of(script: Script, launch: Launch) -> int | None:
-    """Ranks that a launch line starts; None if the text does not tell."""
-    scheduled = "srun" in launch.before or "mpirun" in launch.before
-    names = {each.rpartition("/")[2] for each in launch.before}
-    if names & {"torchrun", "torch.distributed.run", "torch.distributed.launch"}:
-        each = launch.option("--nproc-per-node") or "1"
-        nodes = "1" if "--standalone" in launch.before else launch.option("--nnodes") or "1"
-        return _product(each, nodes.rpartition(":")[2])
-    if "deepspeed" in names:
-        return _product(launch.option("--num-gpus"), launch.option("--num-nodes") or "1")
-    if scheduled or script.directives:
-        whole = launch.option("--ntasks", "-n") or script.directives.get("--ntasks") or script.directives.get("-n")
-        if whole is not None:
-            return _product(whole, "1")
-        each = launch.option("--ntasks-per-node") or script.directives.get("--ntasks-per-node")
-        nodes = launch.option("--nodes", "-N") or script.directives.get("--nodes") or script.directives.get("-N")
-        return _product(each, nodes)
-    value = script.variables.get("WORLD_SIZE")
-    return _product(value, "1") if isinstance(value, str) else 1
-
-
-def _product(left: str | None, right: str | None) -> int | None:
-    return int(left) * int(right) if left and right and left.isdigit() and right.isdigit() else None
-
-
 def _arguments(text: str, hints: Hints) -> Source:
-    shell = Shell(hints.values, dict(hints.values))
-    fields = [each.text for _, found in shell.commands(parse(text)) for each in found]
+    interpreter = Interpreter(pinned=hints.values)
+    calls = interpreter.run(text)
+    fields = [each.text for call in calls for each in call.fields]
     if not fields or not fields[0].startswith("--"):
         raise ConfigError("An argument list must begin with a `--flag`. Give `--kind script` if it is a script.")
     options = parse_options(tuple(fields))
@@ -224,7 +208,7 @@ def _arguments(text: str, hints: Hints) -> Source:
 
 def last_word(text: str) -> int:
     """Offset behind the last word of an argument list."""
-    return max(word.end for node in parse(text) if isinstance(node, Command) for word in node.words)
+    return max(each.word.end for call in Interpreter().run(text) for each in call.fields)
 
 
 def _yaml(text: str, hints: Hints) -> Source:

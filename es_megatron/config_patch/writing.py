@@ -18,15 +18,14 @@ from es_megatron.config.names import GROUPS, SECTION, flag_of, settings_in
 from es_megatron.config.settings import option_words
 from es_megatron.config_files.existing_run import Kind
 from es_megatron.config_files.json_members import Member, members_of
-from es_megatron.config_files.launches import RUNNER, Launch
-from es_megatron.config_files.reading import Source, last_word
-from es_megatron.config_files.shell_syntax import CONTINUED
+from es_megatron.config_files.reading import Source, last_word, scripts_in
+from es_megatron.config_files.shell.words import CONTINUED
+from es_megatron.config_patch.scripts import ARRAYS, patch_launches, unpatch_launches
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.arguments import STRICT_VERSIONS, Switches
 
 NO_SWITCHES = Switches(None, None)
 BEGIN, END = "# >>> es-megatron", "# <<< es-megatron <<<"
-ARRAYS = ("ES_ARGS", "ES_MEGATRON_ARGS")
 UNENDED = "no newline at the end"
 MARKED = re.compile(rf"[ \t]*{BEGIN} \(([^)]*)\).*?{END}\r?\n", re.DOTALL)
 BARE = [
@@ -35,11 +34,11 @@ BARE = [
 ]
 PLAIN = "|".join(flag.removeprefix("--es-") for flag in (*BARE, STRICT_VERSIONS))
 """Flags without a value, as an alternative of a pattern."""
-OPTIONS = r"--es-[a-z-]+-options(?:[ =][a-z]\w*=[^\s\"'\\]+)*"
+VALUE = r"[^\s\"'\\;|&<>()`]+"
+OPTIONS = rf"--es-[a-z-]+-options(?:[ =][a-z]\w*={VALUE})*"
 """A flag with any number of values."""
-FLAG = rf"(?:(?:--(?:no-)?es(?:-(?:{PLAIN}))?|{OPTIONS})(?![\w-])|--es-[a-z0-9-]+[ =][^\s\"'\\]+)"
-RUN_AS_MODULE = re.compile(rf"(?:-m|--module) {re.escape(RUNNER)} ")
-IN_LAUNCH = re.compile(rf" (?:\"\$\{{(?:{'|'.join(ARRAYS)})\[@\]\}}\"|{FLAG})")
+FLAG = rf"(?:(?:--(?:no-)?es(?:-(?:{PLAIN}))?|{OPTIONS})(?![\w-])|--es-[a-z0-9-]+[ =]{VALUE})"
+IN_LAUNCH = re.compile(rf" \"\$\{{(?:{'|'.join(ARRAYS)})\[@\]\}}\"|(?: {FLAG})*")
 IN_ARGUMENTS = re.compile(rf"(?:(?: \\)?\r?\n[ \t]*| ){FLAG}")
 
 
@@ -73,7 +72,7 @@ def patch(source: Source, config: EvolvedSamplingConfig, switches: Switches = NO
     if switches.score_reference is not None:
         raise ConfigError("`--es-score-reference` is for one run: add it to that launch. Leave it out here.")
     audit = "" if switches.audit is None else str(switches.audit)
-    if audit and (source.kind in ("yaml", "deepspeed") or re.search(r"[\s\"'\\$]", audit)):
+    if audit and (source.kind in ("yaml", "deepspeed") or not re.fullmatch(VALUE, audit.replace("$", " "))):
         raise ConfigError(
             "`--es-audit` must be a plain path, and is for scripts and argument lists only. Leave it out here."
         )
@@ -115,7 +114,7 @@ def unpatch(kind: Kind, text: str) -> tuple[str, bool]:
     told = marks[0][1]
     restored = MARKED.sub("", text)
     if kind == "script":
-        restored = _unpatch_launches(restored)
+        restored = unpatch_launches(restored, IN_LAUNCH)
     elif UNENDED in told:
         restored = restored.removesuffix("\n").removesuffix("\r")
     return restored, digest(restored) in told
@@ -137,45 +136,10 @@ def _marked(text: str, body: list[str], indent: str = "", extra: str = "") -> st
 
 
 def _patch_script(source: Source, flags: list[str]) -> str:
-    text = source.text
-    array = next(name for name in ARRAYS if name not in text) if has_arrays(text) else None
-    edits: list[tuple[int, int, str]] = []
-    for launch in source.launches:
-        use = array if not launch.anchor.inline else None
-        edits += _launch_edits(text, launch, flags, use)
-    for start, end, new in sorted(set(edits), reverse=True):
-        text = text[:start] + new + text[end:]
-    return text
+    def mark(body: list[str], indent: str) -> str:
+        return _marked(source.text, body, indent)
 
-
-def _launch_edits(text: str, launch: Launch, flags: list[str], array: str | None) -> list[tuple[int, int, str]]:
-    line = text[launch.line_start :]
-    indent = line[: len(line) - len(line.lstrip(" \t"))]
-    body = [f"{array}=(", *(f"    {flag}" for flag in flags), ")"] if array else []
-    option = "--module" if launch.launcher == "deepspeed" else "-m"
-    word = text[launch.anchor.start : launch.anchor.end]
-    passed = f'"${{{array}[@]}}"' if array else " ".join(flags)
-    return [
-        (launch.line_start, launch.line_start, _marked(text, body, indent)),
-        (launch.anchor.start, launch.anchor.end, f"{option} {RUNNER} {word} {passed}"),
-    ]
-
-
-def has_arrays(text: str) -> bool:
-    """Whether the shell of a script knows arrays."""
-    first = text.split("\n", 1)[0]
-    return not first.startswith("#!") or "bash" in first or "zsh" in first
-
-
-def _unpatch_launches(text: str) -> str:
-    found = list(RUN_AS_MODULE.finditer(text))
-    for match in reversed(found):
-        before, rest = text[: match.start()], text[match.end() :]
-        word = re.match(r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"'])+", rest)
-        end = word.end() if word else 0
-        passed = re.compile(f"(?:{IN_LAUNCH.pattern})*").match(rest, end)
-        text = before + rest[:end] + rest[passed.end() if passed else end :]
-    return text
+    return patch_launches(source.text, flags, lambda text: scripts_in(source.kind, text, source.hints), mark)
 
 
 def _patch_arguments(text: str, flags: list[str]) -> str:

@@ -25,7 +25,7 @@ from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import parse_options
 from es_megatron.config_files.launches import read_script
 from es_megatron.config_files.reading import Hints, read
-from es_megatron.config_files.shell_values import unknowns
+from es_megatron.config_files.shell.traced import unknowns
 from es_megatron.config_patch.writing import flags_of, patch, unpatch
 from es_megatron.frameworks.arguments import add_arguments, read_switches
 from tests.es_config import es_config
