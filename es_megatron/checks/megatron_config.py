@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from es_megatron.checks.findings import Finding, note, ok, refuse
+from es_megatron.checks.training_script import check_script, was_read
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import ExistingRun
 from es_megatron.config_files.shell.traced import shown
@@ -28,22 +29,23 @@ READERS = {
 }
 """Kinds of configs whose block something has to read: why, cure."""
 PACKING = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
-OTHER_MODELS = ("bert", "t5", "ict", "retro", "vision", "vlm", "multimodal", "mimo", "realm")
 
 
 def check(run: ExistingRun, config: EvolvedSamplingConfig) -> list[Finding]:
     """Findings about a run that do not depend on its sizes."""
     groups = (
+        check_script,
         check_model,
         check_run,
-        check_script,
+        check_untried,
         check_data,
         check_moe,
         check_recompute,
         check_precision,
         check_reading,
     )
-    return [finding for group in groups for finding in group(run, config)]
+    found = [finding for group in groups for finding in group(run, config)]
+    return found if was_read(run) else [finding for finding in found if finding.severity != "OK"]
 
 
 def flag(run: ExistingRun, name: str, default: str | None = None) -> str:
@@ -93,19 +95,8 @@ def check_run(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Findi
         )
 
 
-def check_script(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Finding]:
-    """The training script, and options that change what it is."""
-    name = (run.script or "").rpartition("/")[2]
-    if any(f"pretrain_{other}" in name for other in OTHER_MODELS):
-        yield refuse(
-            f"`{name}`", "its losses and samples are not those of a causal language model", "use `pretrain_gpt.py`"
-        )
-    elif name and name != "pretrain_gpt.py":
-        yield note(
-            f"`{name}`",
-            "only `pretrain_gpt.py` has been tried; its loss function must be `partial(loss_func, loss_mask)` too",
-            "try a few iterations, and look at `es kept` in the log",
-        )
+def check_untried(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Finding]:
+    """Options that change what the training script is."""
     for option in ("use_custom_fsdp", "use_legacy_models"):
         if run.on(option):
             yield note(

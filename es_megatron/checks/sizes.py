@@ -141,6 +141,8 @@ def propose(
     if sizes is None:
         return Proposal(config, passes), []
     findings: list[Finding] = []
+    if sizes.quantum >= sizes.meta_batch and arm_of(config).selects:
+        return Proposal(config, passes), [one_micro_batch(sizes)]
     if "selection.keep_ratio" not in given and arm_of(config).selects and config.selection.budget is None:
         kept = min(nearest(config.selection.keep_ratio * sizes.meta_batch, sizes.quantum), sizes.meta_batch)
         ratio = kept / sizes.meta_batch
@@ -170,8 +172,30 @@ def propose(
     return proposal, findings + list(_pays(proposal))
 
 
+def one_micro_batch(sizes: Sizes) -> Finding:
+    """What is said where b cannot be below B, since a rank has no more micro-batches than it must."""
+    smaller = [
+        size
+        for size in range(1, sizes.micro_batch)
+        if sizes.own % size == 0 and size * sizes.data_parallel * sizes.multiple < sizes.meta_batch
+    ]
+    cures = [f"a micro-batch size of {' or '.join(map(str, smaller))}"] if smaller else []
+    twice = 2 * sizes.meta_batch
+    cures += [
+        f"a global batch size of {twice} (with `--es-selection-parts 2` each half of it is chosen from by itself, and the "
+        f"optimizer sees {sizes.meta_batch} sequences as before)"
+    ]
+    count = sizes.own // sizes.micro_batch
+    many = "one micro-batch" if count == 1 else f"{count} micro-batches, which its virtual stages need"
+    return refuse(
+        f"global batch size {sizes.meta_batch}",
+        f"every rank has {many}, so b cannot be below B and nothing would be saved",
+        f"use {', or '.join(cures)}",
+    )
+
+
 def _plan(run: ExistingRun, sizes: Sizes, config: EvolvedSamplingConfig, passes: float) -> Plan:
-    iterations, samples = run.number("train_iters"), run.number("train_samples")
+    iterations, samples = run.number("train_iters"), run.samples
     drawn = samples or (iterations or 10_000) * sizes.meta_batch
     manifest = Manifest((Component("data", "", max(1, round(drawn / passes)), 1.0, ""),), 1)
     return plan_run(config, manifest, sizes.meta_batch, sizes.quantum, drawn)
@@ -210,7 +234,8 @@ def _pays(proposal: Proposal) -> Iterator[Finding]:
             f"keep ratio {proposal.plan.kept / proposal.plan.meta_batch:g}",
             f"this run would cost {-proposal.prediction.saving:.1%} more than the plain one: scoring costs more than "
             "the skipped backward passes save",
-            "lower it, use more micro-batches per rank (a larger global batch), or `--es-scorer history`",
+            "lower it, use more micro-batches per rank (a larger global batch), or a scorer that makes no pass (the "
+            "default)",
         )
     if prunes(proposal.config) and proposal.passes.count <= 1:
         yield note(

@@ -49,6 +49,10 @@ class ExistingRun:
     undecided: tuple[str, ...] = ()
     notes: tuple[tuple[str, str, str], ...] = ()
     """What the reader noticed: what, why, cure."""
+    refused: tuple[tuple[str, str, str], ...] = ()
+    """Why its launch line cannot be changed: what, why, cure."""
+    unread: tuple[str, ...] = ()
+    """Variables that hold options, and are not set in the file."""
     deepspeed: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The JSON, if that is what was read."""
 
@@ -76,6 +80,8 @@ class ExistingRun:
         try:
             return int(value.replace("_", ""))
         except ValueError:
+            if re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value) and float(value).is_integer():
+                return int(float(value))
             flag = name if self.kind in ("yaml", "deepspeed") else "--" + name.replace("_", "-")
             raise ConfigError(f"`{flag}` must be a whole number, but is {value!r} instead. Correct it.") from None
 
@@ -167,6 +173,14 @@ class ExistingRun:
         if self.micro_batch is None or self.data_parallel is None:
             return None
         return self.micro_batch * self.data_parallel * (self.number("gradient_accumulation_steps") or 1)
+
+    @property
+    def samples(self) -> int | None:
+        """Samples that the run draws; without their number, as many as its tokens make."""
+        if self.value("train_samples") is not None or self.value("train_iters") is not None:
+            return self.number("train_samples")
+        tokens, length = self.number("train_tokens"), self.number("seq_length")
+        return tokens // length if tokens and length else None
 
     @property
     def recomputed(self) -> float:

@@ -144,7 +144,8 @@ def read_script(text: str, pinned: Mapping[str, str], name: str | None = None, r
             commands.append(tuple(each.text for each in call.fields))
         else:
             launches.append(found)
-    unique = dict.fromkeys(launches)
+    sure = [each for each in launches if each.takes or any(CORE.search(word) for word in each.arguments)]
+    unique = dict.fromkeys(sure or launches)
     return Script(
         tuple(unique),
         interpreter.assumed,
@@ -165,9 +166,10 @@ def launch_of(call: Call, name: str | None) -> Launch | None:
         if not is_script(text, texts[at + 1 :], name):
             continue
         takes, known = takes_of(texts[:at])
-        if not known and not any(CORE.search(each) for each in texts[at + 1 :]) and not launcher_like(texts[:at]):
-            return None
-        return made_of(call, at, takes, known)
+        options = any(CORE.search(each) for each in texts[at + 1 :])
+        if known or options or launcher_like(texts[:at]):
+            return made_of(call, at, takes, known)
+        return None
     return None
 
 
@@ -245,8 +247,9 @@ def values_alone(words: Sequence[str], name: str) -> bool:
 
 
 def launcher_like(before: Sequence[str]) -> bool:
-    """Whether the words before a script can be a launcher that is not known: a value that the text does not tell."""
-    return bool(before) and MARK.search(before[0]) is not None
+    """Whether the words before a script start something: an interpreter, or a value that the text does not tell."""
+    names = [posixpath.basename(each) for each in before]
+    return any(PYTHON.fullmatch(name) or name in TAKES for name in names) or bool(MARK.search("".join(before[:1])))
 
 
 def not_known(before: Sequence[str], script: str) -> Reason:
@@ -260,8 +263,8 @@ def not_known(before: Sequence[str], script: str) -> Reason:
             f"`${missing[0]}`", f"not known from the file alone, and it starts `{shown(name)}`", f"give it with {example}"
         )
     words = [posixpath.basename(each) for each in before if not each.startswith("-") and "=" not in each]
-    shell = [f"{word} {words[at + 1]}" for at, word in enumerate(words[:-1]) if word in SHELLS]
-    told = shell[0] if shell else words[0] if words else name
+    files = [f"{word} {words[at + 1]}" for at, word in enumerate(words[:-1]) if word in (*SHELLS, "python", "python3")]
+    told = files[0] if files else words[0] if words else name
     return Reason(
         f"`{told}`",
         f"it starts `{shown(name)}`, and is not known to take a module in its place, as {takes} do",

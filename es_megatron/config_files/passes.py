@@ -34,7 +34,7 @@ def passes_of(run: ExistingRun, told: float | None) -> Passes:
 
 def drawn_samples(run: ExistingRun) -> int | None:
     """Samples that the run draws; None if not known."""
-    samples, iterations = run.number("train_samples"), run.number("train_iters")
+    samples, iterations = run.samples, run.number("train_iters")
     if samples is not None:
         return samples
     return None if iterations is None or run.meta_batch is None else iterations * run.meta_batch

@@ -125,9 +125,10 @@ def _run_of(text: str, script: Script, launch: Launch, hints: Hints) -> Existing
     arguments = tuple(each for each in launch.arguments if unknowns(each) not in (["@"], ["*"]))
     notes = list(_script_notes(text, script, launch, arguments))
     options = parse_options(arguments)
-    bare = [name for each in arguments if each.startswith("\ue000") for name in unknowns(each)]
-    if bare and len(options) < 5:
-        names = ", ".join(f"`${name}`" for name in bare)
+    bare = [name for each in launch.arguments if each.startswith("\ue000") for name in unknowns(each)]
+    named = [name for name in bare if name not in ("@", "*")]
+    if named and len(options) < 5:
+        names = ", ".join(f"`${name}`" for name in named)
         notes.append(
             (names, "not set in this file, and may hold more options", "give it with `--set NAME='--flag value'`")
         )
@@ -139,6 +140,8 @@ def _run_of(text: str, script: Script, launch: Launch, hints: Hints) -> Existing
         script.assumed,
         tuple(each for each in script.undecided if canonical(each) in options),
         tuple(notes),
+        refused=(tuple(launch.refused),) if launch.refused else (),
+        unread=tuple(dict.fromkeys(bare)),
     )
     return run.replaced({name: value for name, value in hints.values.items() if canonical(name) in _KNOWN})
 

@@ -60,6 +60,23 @@ def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
         raise ConfigError(
             "`--deepspeed` must be given with Evolved Sampling on Megatron-DeepSpeed. Give it, or use Megatron-LM."
         )
+    count_tokens(args)
+
+
+def count_tokens(args: Namespace) -> None:
+    """Turn a length in tokens into one in samples, as the plan and upstream's learning-rate schedule need it.
+
+    Raises:
+        ConfigError: less than one sample.
+    """
+    tokens = getattr(args, "train_tokens", None)
+    if not tokens:
+        return
+    if tokens < args.seq_length:
+        raise ConfigError(
+            f"`--train-tokens` must be at least a sequence of {args.seq_length} tokens, but is {tokens} instead. Raise it."
+        )
+    args.train_samples, args.train_tokens = tokens // args.seq_length, None
 
 
 def read_sources(args: Namespace) -> Sources:

@@ -119,6 +119,10 @@ def refuse_arguments(args: Namespace, rows: Sequence[Refusal], config: EvolvedSa
     refuse((*rows, *MODEL), lambda name: getattr(args, name, None), config, lambda name: f"--{name.replace('_', '-')}")
 
 
+DECAYS = ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
+"""Arguments that say where the learning rate has come down; those in tokens are Megatron-DeepSpeed's."""
+
+
 @dataclass(frozen=True)
 class Length:
     """How long the user wants the run to be, as Megatron's arguments say it."""
@@ -142,7 +146,7 @@ class Length:
             new["train_samples"] = iterations * batch
         else:
             new["train_iters"] = iterations
-        for name in ("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"):
+        for name in DECAYS:
             value = self.given[name]
             if value is not None:
                 new[name] = max(1, round(value * share))
@@ -173,15 +177,7 @@ def plan_length(args: Namespace, at: StartingPoint) -> Length:
     Raises:
         ConfigError: no length, or a run that is over already.
     """
-    names = (
-        "train_iters",
-        "train_samples",
-        "lr_decay_iters",
-        "lr_decay_samples",
-        "lr_wsd_decay_iters",
-        "lr_wsd_decay_samples",
-    )
-    given = {name: getattr(args, name, None) for name in names}
+    given = {name: getattr(args, name, None) for name in ("train_iters", "train_samples", *DECAYS)}
     iterations = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     left = iterations - at.started_at
     if left < 1:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from es_megatron.refusals.megatron_lm import DISTILLATION
-from es_megatron.refusals.table import Refusal, is_above_one
+from es_megatron.refusals.table import Refusal, Setting, is_above_one, is_given
+
+
+def _two_lengths(setting: Setting) -> bool:
+    return is_given(setting("train_tokens")) and (is_given(setting("train_samples")) or is_given(setting("train_iters")))
+
 
 MEGATRON_DEEPSPEED: tuple[Refusal, ...] = (
     Refusal("curriculum_learning_legacy", "it shortens sequences behind the sampler's back"),
@@ -12,7 +17,14 @@ MEGATRON_DEEPSPEED: tuple[Refusal, ...] = (
     Refusal("kd", DISTILLATION),
     Refusal("mos", DISTILLATION),
     Refusal("compression_training", "compression has not been tried"),
-    Refusal("train_tokens", "the run's length is planned in iterations"),
+    Refusal(
+        "train_tokens",
+        "the run would end at the shorter of two lengths, and one is planned",
+        cure="drop `--train-tokens` and keep `--train-samples` or `--train-iters`, set to tokens / sequence length "
+        "(/ global batch size) where the tokens would have ended the run",
+        must="left out beside `--train-samples` or `--train-iters`",
+        applies=_two_lengths,
+    ),
     Refusal("train_data_exact_num_epochs", "the epochs are planned"),
     Refusal(
         "num_experts",

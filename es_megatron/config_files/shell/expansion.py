@@ -23,6 +23,7 @@ from es_megatron.config_files.shell.traced import (
     through,
     trail_of,
     unknown,
+    unknowns,
 )
 from es_megatron.config_files.shell.words import Piece, Reader, Word
 
@@ -90,7 +91,8 @@ class Expander:
     def value(self, name: str) -> Value | None:
         """A variable's value; None if it is not set in the text."""
         if name in self.pinned:
-            return made(self.pinned[name])
+            whole = made(self.pinned[name])
+            return split(whole) if name in ("@", "*") else whole
         if name in ("@", "*"):
             return self.positional
         if name.isdigit() and name != "0" and self.positional is not None:
@@ -166,11 +168,14 @@ class Expander:
             first = max(int(cut[1]) - (name in ("@", "*")), 0)
             return value[first : first + int(cut[2])] if cut[2] else value[first:]
         if sign or (rest and not action):
-            return [whole if value is None else made(changed(plain(value), rest) or text_of(whole))]
+            told = None if value is None or unknowns(plain(value)) else changed(plain(value), rest)
+            return [whole if told is None else made(told)]
         if action:
             return self._optional(name, value, action, piece, match.start(5))
         if value is None:
             return [made(unknown(name))]
+        if name in self.pinned and index in ("@", "*") and isinstance(value, tuple):
+            return split(value)
         return items_of(value, index, quoted=piece.quoted)
 
     def _optional(self, name: str, value: Value | None, action: str, piece: Piece, at: int) -> list[Traced]:

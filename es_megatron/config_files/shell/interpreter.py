@@ -36,6 +36,8 @@ STARTS = re.compile(r"\.py\b|torchrun|deepspeed|accelerate|\bpython|\bmsrun")
 SHELLS = ("bash", "sh", "zsh", "dash")
 DEEPEST, MOST = 12, 4000
 """Scripts within scripts, and commands: a script that goes beyond is read no further."""
+MOST_TURNS = 16
+"""Turns of loops, one within another, that are gone through one by one."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Interpreter(Expander):
     within: int = 0
     """Functions that are open."""
     steps: int = 0
+    turns: int = 1
+    """Of the loops that are open."""
 
     def run(self, text: str, runs: Traced | None = None) -> list[Call]:
         """Read a whole script.
@@ -141,10 +145,13 @@ class Interpreter(Expander):
 
     def _loop(self, loop: Loop) -> bool | None:
         words = [each.runs for word in loop.words for each in self.fields(word)]
-        if loop.name and words and not any(unknowns(text_of(word)) for word in words) and len(words) <= 16:
+        known = words and not any(unknowns(text_of(word)) for word in words)
+        if loop.name and known and self.turns * len(words) <= MOST_TURNS:
+            self.turns *= len(words)
             for word in words:
                 self.variables[loop.name] = word
                 self.block(loop.body)
+            self.turns //= len(words)
             return True
         if loop.name:
             self.variables[loop.name] = made(unknown(loop.name))
