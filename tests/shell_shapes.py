@@ -36,7 +36,8 @@ FORMS = {
     "arguments_in_two": 'ONE=(A)\nTWO=(--bf16 --seed 1)\nL S "${ONE[@]}" ${TWO[@]} $EXTRA\n',
     "scalar": 'CMD="L S A"\necho "$CMD"\n$CMD\n',
     "scalar_many_lines": 'export CMD=" \\\n    L \\\n    S \\\n    A \\\n    "\n$CMD\n',
-    "scalar_in_steps": 'SRC="./S"\nCMD="L"\nCMD="${CMD} ${SRC}"\nCMD="${CMD} A"\nif [ "$BF" = 1 ]; then CMD="$CMD --bf16"; fi\n${CMD}\n',
+    "scalar_in_steps": 'SRC="./S"\nCMD="L"\nCMD="${CMD} ${SRC}"\n'
+    'CMD="${CMD} A"\nif [ "$BF" = 1 ]; then CMD="$CMD --bf16"; fi\n${CMD}\n',
     "scalar_appended": "CMD='L'\nCMD+=' S'\nCMD+=\" A\"\n$CMD\n",
     "scalar_of_variables": 'A="A"\nT="S"\nCMD="L $T $A"\n${CMD} > log\n',
     "array": 'CMD=(L S A)\n"${CMD[@]}"\n',
@@ -51,7 +52,8 @@ FORMS = {
     "bash_c_variable": 'CMD="L S A"\nbash -c "$CMD"\n',
     "bash_ec_cd": "bash -ec 'cd . && L S A'\n",
     "bash_c_exported": "export CMD=\"L S A\"\nbash -c '$CMD'\n",
-    "bash_c_parts": "export LAUNCHER=\"L\"\nexport CMD=\"`pwd`/S A\"\nsrun --jobid 1 bash -c '$LAUNCHER $CMD' 2>&1 | tee log\n",
+    "bash_c_parts": 'export LAUNCHER="L"\nexport CMD="`pwd`/S A"\n'
+    "srun --jobid 1 bash -c '$LAUNCHER $CMD' 2>&1 | tee log\n",
     "bash_c_double": 'CMD="L S A"\nsrun -lu bash -c "RANK=\\$SLURM_PROCID ${CMD}"\n',
     "bash_c_many_lines": 'srun bash -c "\n  set -e\n  L S \\\n    A\n"\n',
     "bash_c_quotes_inside": "bash -c \"L 'S' A --data-path 'a b'\"\n",
@@ -87,7 +89,7 @@ FORMS = {
     "container_words": "singularity exec --nv image.sif L S A\n",
     "posix": "#!/bin/sh\nset -e\nARGS='A'\nL S $ARGS\n",
     "slice": 'ALL=(x L S A)\n"${ALL[@]:1}"\n',
-    "default": 'L ${FILE:-S} A\n',
+    "default": "L ${FILE:-S} A\n",
     "set_dashes": 'set -- A\nL S "$@"\n',
     "echoed_into_bash": 'echo "L S A" | bash\n',
     "taken_names": 'ES_ARGS=(A)\nL S "${ES_ARGS[@]}"\n',

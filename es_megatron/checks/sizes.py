@@ -181,10 +181,8 @@ def one_micro_batch(sizes: Sizes) -> Finding:
     ]
     cures = [f"a micro-batch size of {' or '.join(map(str, smaller))}"] if smaller else []
     twice = 2 * sizes.meta_batch
-    cures += [
-        f"a global batch size of {twice} (with `--es-selection-parts 2` each half of it is chosen from by itself, and the "
-        f"optimizer sees {sizes.meta_batch} sequences as before)"
-    ]
+    halves = f"each half of it is chosen from by itself, and the optimizer sees {sizes.meta_batch} sequences as before"
+    cures.append(f"a global batch size of {twice} (with `--es-selection-parts 2` {halves})")
     count = sizes.own // sizes.micro_batch
     many = "one micro-batch" if count == 1 else f"{count} micro-batches, which its virtual stages need"
     return refuse(

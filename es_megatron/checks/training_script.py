@@ -41,13 +41,22 @@ class Task:
     why: str
 
 
+STAGES = ("sft", "rm", "orm", "prm", "dpo", "ppo", "kto", "simpo", "rlhf")
 OTHER_MODEL = "its losses and samples are not those of a causal language model"
 TASKS = (
     Task("BERT", ("bert_no_binary_head", "bert_embedder_type", "short_seq_prob"), ("bert",), OTHER_MODEL),
     Task("T5", ("decoder_seq_length", "decoder_num_layers", "vocab_extra_ids"), ("t5",), OTHER_MODEL),
     Task(
         "a model of images or several kinds of input",
-        ("img_h", "patch_dim", "language_model_type", "vision_model_type", "freeze_ViT", "freeze_LM", "num_image_tiles"),
+        (
+            "img_h",
+            "patch_dim",
+            "language_model_type",
+            "vision_model_type",
+            "freeze_ViT",
+            "freeze_LM",
+            "num_image_tiles",
+        ),
         ("vlm", "vision", "vit", "multimodal", "mimo", "llava", "clip"),
         OTHER_MODEL,
     ),
@@ -59,7 +68,15 @@ TASKS = (
     ),
     Task(
         "post-training",
-        ("stage", "dpo_beta", "reward_model", "kd_teacher_load", "export_kd_teacher_load", "prompt_type", "is_instruction_dataset", "repeated_dataloader"),
+        (
+            "dpo_beta",
+            "reward_model",
+            "kd_teacher_load",
+            "export_kd_teacher_load",
+            "prompt_type",
+            "is_instruction_dataset",
+            "repeated_dataloader",
+        ),
         ("posttrain", "sft", "dpo", "ppo", "grpo", "rlhf", "rl", "reward", "eagle3", "distill"),
         "its samples are prompts or packed conversations from a loader of its own, not rows of a pretraining corpus",
     ),
@@ -71,8 +88,6 @@ TASKS = (
             "out_seq_length",
             "genfile",
             "sample_input_file",
-            "prompts",
-            "task_list",
             "output_bert_embeddings",
             "eval_only",
         ),
@@ -81,7 +96,7 @@ TASKS = (
     ),
     Task(
         "conversion or preparation",
-        ("target_tensor_parallel_size", "hf2megads", "megads2hf", "pretrained_model_path", "loader"),
+        ("target_tensor_parallel_size", "hf2megads", "megads2hf", "pretrained_model_path"),
         ("convert", "preprocess", "checkpoint", "quantize", "prune", "export", "validate"),
         "nothing is trained",
     ),
@@ -94,6 +109,8 @@ def task_of(run: ExistingRun) -> tuple[Task, str] | None:
     words = re.split(r"[_\W]+", base.lower().removesuffix(".py"))
     for task in TASKS:
         option = next((name for name in task.options if run.on(name)), None)
+        if task.name == "post-training" and run.value("stage") in STAGES:
+            option = "stage"
         if option is None and any(word in words for word in task.words):
             return task, f"`{base}`"
         if option is not None:

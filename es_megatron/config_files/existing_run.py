@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +33,11 @@ ALIASES = {
     "sequence_length": "seq_length",
     "encoder_seq_length": "seq_length",
     "mock": "mock_data",
+    "pipe_parallel_size": "pipeline_model_parallel_size",
+    "max_steps": "train_iters",
+    "data_prefix": "data_path",
+    "activations_checkpoint_granularity": "recompute_granularity",
+    "activations_checkpoint_num_layers": "recompute_num_layers",
 }
 
 
@@ -217,7 +222,7 @@ def canonical(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def parse_options(arguments: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def parse_options(arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Options of an argument list, as argparse would see them: the last one wins, `--name=value` allowed."""
     options: dict[str, tuple[str, ...]] = {}
     name = None

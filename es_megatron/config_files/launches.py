@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from es_megatron.config_files.shell.commands import SHELLS, SILENT
 from es_megatron.config_files.shell.expansion import Field, plain
-from es_megatron.config_files.shell.grammar import Statement
-from es_megatron.config_files.shell.interpreter import SHELLS, SILENT, Call, Interpreter
+from es_megatron.config_files.shell.interpreter import Call, Interpreter
 from es_megatron.config_files.shell.traced import MARK, Place, Traced, between, made, places_of, shown, unknowns
+from es_megatron.config_files.shell.tree import Statement
 
 SCRIPT = re.compile(r"(pretrain|posttrain|train|finetune)\w*\.py")
 CORE = re.compile(
@@ -109,6 +110,8 @@ class Script:
     directives: Mapping[str, str] = field(default_factory=dict[str, str])
     """Options of `#SBATCH` lines."""
     statements: tuple[Statement, ...] = ()
+    passed_over: tuple[tuple[int, str], ...] = ()
+    """Other files that it reads in: the line, and the command."""
     commands: tuple[tuple[str, ...], ...] = ()
     """Fields of every command that is not a launch."""
 
@@ -153,6 +156,7 @@ def read_script(text: str, pinned: Mapping[str, str], name: str | None = None, r
         {key: plain(value) for key, value in interpreter.variables.items()},
         directives,
         tuple(interpreter.parser.statements) if interpreter.parser else (),
+        tuple(dict.fromkeys(interpreter.passed_over)),
         tuple(commands),
     )
 
@@ -181,7 +185,7 @@ def made_of(call: Call, at: int, takes: tuple[str, ...], known: bool) -> Launch:
     refused = None
     if not known:
         refused = not_known(texts[:at], texts[at])
-    elif packed := [each for each in arguments if each.startswith("--") and len(each.split()) > 2 and "=" not in each.split()[0]]:
+    elif packed := [each for each in arguments if is_packed(each)]:
         refused = Reason(
             f"`{shown(packed[0])[:40]}...`",
             "stands in quotes, so the script is given many options as one word",
@@ -203,6 +207,12 @@ def made_of(call: Call, at: int, takes: tuple[str, ...], known: bool) -> Launch:
         call.command.cut_at if call.context.runs is None else None,
         refused,
     )
+
+
+def is_packed(argument: str) -> bool:
+    """Whether an argument holds several options in one quoted word."""
+    words = argument.split()
+    return len(words) > 1 and words[0].startswith("--") and any(each.startswith("--") for each in words[1:])
 
 
 def offset_of(call: Call, at: int) -> int:
@@ -255,18 +265,20 @@ def launcher_like(before: Sequence[str]) -> bool:
 def not_known(before: Sequence[str], script: str) -> Reason:
     """What is said of a launcher that may not take a module."""
     name = posixpath.basename(script)
-    missing = [each for word in before for each in unknowns(word)]
-    takes = ", ".join(f"`{each}`" for each in list(TAKES)[:4])
+    words = [posixpath.basename(each) for each in before if not each.startswith("-") and "=" not in each]
+    files = [f"{word} {words[at + 1]}" for at, word in enumerate(words[:-1]) if word in (*SHELLS, "python", "python3")]
+    missing = [] if files else [each for word in before[:1] for each in unknowns(word)]
     if missing:
         example = f"`--set {missing[0]}='torchrun ...'`" if missing[0].isidentifier() else "`--set NAME=VALUE`"
         return Reason(
-            f"`${missing[0]}`", f"not known from the file alone, and it starts `{shown(name)}`", f"give it with {example}"
+            f"`${missing[0]}`",
+            f"not known from the file alone, and it starts `{shown(name)}`",
+            f"give it with {example}",
         )
-    words = [posixpath.basename(each) for each in before if not each.startswith("-") and "=" not in each]
-    files = [f"{word} {words[at + 1]}" for at, word in enumerate(words[:-1]) if word in (*SHELLS, "python", "python3")]
+    takes = ", ".join(f"`{each}`" for each in list(TAKES)[:4])
     told = files[0] if files else words[0] if words else name
     return Reason(
-        f"`{told}`",
+        f"`{shown(told)}`",
         f"it starts `{shown(name)}`, and is not known to take a module in its place, as {takes} do",
         "start the script with one of those, or patch the file in which they stand",
     )

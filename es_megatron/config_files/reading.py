@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from es_megatron.config.names import SECTION, block_in
+from es_megatron.config_files import json_files, yaml_files
 from es_megatron.config_files.existing_run import ALIASES, SIZES, ExistingRun, Kind, canonical, parse_options
-from es_megatron.config_files.launches import Launch, Script, read_script
+from es_megatron.config_files.launches import Launch, Script, is_packed, read_script
 from es_megatron.config_files.ranks import world_size_of
 from es_megatron.config_files.shell.interpreter import Interpreter
-from es_megatron.config_files.shell.traced import unknown, unknowns
+from es_megatron.config_files.shell.traced import MARK, shown, unknowns
 from es_megatron.errors import ConfigError
 
 KINDS = {
@@ -25,7 +23,6 @@ KINDS = {
     "yaml": "Megatron YAML",
     "deepspeed": "DeepSpeed JSON",
 }
-INTERPOLATED = re.compile(r"\$\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -70,10 +67,10 @@ def read_text(path: Path) -> str:
 def kind_of(path: Path, text: str) -> Kind:
     """What a file is, by its name and its first characters."""
     start = text.lstrip("\ufeff \t\r\n")
-    if path.suffix == ".json" or start.startswith("{"):
-        return "deepspeed"
     if path.suffix in (".yaml", ".yml"):
         return "yaml"
+    if path.suffix == ".json" or start.startswith("{"):
+        return "deepspeed"
     code = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     return "arguments" if code and code[0].lstrip().startswith("--") and not start.startswith("#!") else "script"
 
@@ -107,6 +104,8 @@ def _script(text: str, hints: Hints) -> Source:
 
 def scripts_in(kind: Kind, text: str, hints: Hints) -> list[Script]:
     """The scripts that a file is, or holds."""
+    if kind == "yaml":
+        return yaml_files.scripts_in_yaml(text, hints.values, hints.script)
     return [read_script(text, hints.values, hints.script)] if kind == "script" else []
 
 
@@ -124,11 +123,11 @@ def _es_flags(arguments: tuple[str, ...]) -> tuple[str, ...]:
 def _run_of(text: str, script: Script, launch: Launch, hints: Hints) -> ExistingRun:
     arguments = tuple(each for each in launch.arguments if unknowns(each) not in (["@"], ["*"]))
     notes = list(_script_notes(text, script, launch, arguments))
-    options = parse_options(arguments)
+    options = parse_options([word for each in arguments for word in (each.split() if is_packed(each) else [each])])
     bare = [name for each in launch.arguments if each.startswith("\ue000") for name in unknowns(each)]
-    named = [name for name in bare if name not in ("@", "*")]
-    if named and len(options) < 5:
-        names = ", ".join(f"`${name}`" for name in named)
+    loose = dict.fromkeys(name for each in loose_in(launch.arguments) for name in unknowns(each))
+    if loose:
+        names = ", ".join(f"`${name}`" for name in loose)
         notes.append(
             (names, "not set in this file, and may hold more options", "give it with `--set NAME='--flag value'`")
         )
@@ -140,10 +139,17 @@ def _run_of(text: str, script: Script, launch: Launch, hints: Hints) -> Existing
         script.assumed,
         tuple(each for each in script.undecided if canonical(each) in options),
         tuple(notes),
-        refused=(tuple(launch.refused),) if launch.refused else (),
+        refused=((*launch.refused,),) if launch.refused else (),
         unread=tuple(dict.fromkeys(bare)),
     )
     return run.replaced({name: value for name, value in hints.values.items() if canonical(name) in _KNOWN})
+
+
+def loose_in(arguments: Sequence[str]) -> Iterator[str]:
+    """Arguments that are not known and may be options: no part of a longer word, and no value of an option."""
+    for previous, each in zip(("", *arguments), arguments, strict=False):
+        if MARK.fullmatch(each) and unknowns(each)[0] not in ("@", "*") and not re.fullmatch(r"--[\w-]+", previous):
+            yield each
 
 
 def _script_notes(
@@ -161,6 +167,13 @@ def _script_notes(
             "`$@`",
             "arguments given when the script is started are not seen here",
             "give what matters with `--set NAME=VALUE`",
+        )
+    missing = any(unknowns(each) for each in (*launch.before, *launch.arguments))
+    for line, what in script.passed_over if missing else ():
+        yield (
+            f"line {line}",
+            f"`{shown(what)}` is not followed, so what it sets is not known",
+            "give it with `--set NAME=VALUE`",
         )
     if "\r\n" in text:
         yield "line ends", "bash takes the carriage returns of this file as parts of words", "`sed -i 's/\\r$//' FILE`"
@@ -215,19 +228,23 @@ def last_word(text: str) -> int:
 
 
 def _yaml(text: str, hints: Hints) -> Source:
-    try:
-        content: object = yaml.safe_load(text.lstrip("\ufeff"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"It must be YAML with one document, but is not: {error}. Correct it.") from error
+    scripts = scripts_in("yaml", text, hints)
+    if scripts:
+        runs = tuple(_run_of(text, script, launch, hints) for script in scripts for launch in script.launches)
+        launches = tuple(launch for script in scripts for launch in script.launches)
+        return Source("yaml", text, runs, launches, _es_flags(launches[0].arguments), hints)
+    content = yaml_files.load(text)
     if not isinstance(content, dict):
         raise ConfigError("It must be a mapping of settings, but is not. Give a Megatron YAML.")
     content = cast(dict[str, Any], content)
-    found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
-    for where, name, values in _leaves({key: value for key, value in content.items() if key != SECTION}, ""):
+    found: yaml_files.Found = {}
+    for where, name, values in yaml_files.leaves({key: value for key, value in content.items() if key != SECTION}):
         found.setdefault(canonical(name), []).append((where, values))
     options = {name: places[0][1] for name, places in found.items()}
     if "micro_batch_size" not in options and "global_batch_size" not in options:
         raise ConfigError("It has neither `micro_batch_size` nor `global_batch_size`. Give the YAML of a training run.")
+    if options.get("data_impl") == ("mock",):
+        options["mock_data"] = ("data_impl: mock",)
     notes = tuple(
         (
             f"`{name}`",
@@ -237,30 +254,13 @@ def _yaml(text: str, hints: Hints) -> Source:
         for name, places in found.items()
         if name in SIZES and len({values for _, values in places}) > 1
     )
-    run = ExistingRun("yaml", options, None, hints.world_size, notes=notes).replaced(hints.values)
-    return Source("yaml", text, (run,), (), cast(Mapping[str, Any], block_in(content, "it") or {}))
-
-
-def _leaves(mapping: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    for key, value in mapping.items():
-        place = f"{where}{key}"
-        if isinstance(value, dict):
-            yield from _leaves(cast(dict[str, Any], value), place + ".")
-        elif isinstance(value, list):
-            yield place, str(key), tuple(_plain(item) for item in cast(list[Any], value))
-        else:
-            yield place, str(key), (_plain(value),)
-
-
-def _plain(value: object) -> str:
-    return INTERPOLATED.sub(lambda match: unknown(match[1]), "null" if value is None else str(value))
+    ranks = hints.world_size or yaml_files.ranks_in(found)
+    run = ExistingRun("yaml", options, None, ranks, notes=notes).replaced(hints.values)
+    return Source("yaml", text, (run,), (), cast(Mapping[str, Any], block_in(content, "it") or {}), hints)
 
 
 def _deepspeed(text: str, hints: Hints) -> Source:
-    try:
-        content: object = json.loads(text.lstrip("\ufeff"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"It must be JSON, but is not: {error}. Correct it.") from error
+    content = json_files.load(text)
     batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     if not isinstance(content, dict) or not any(name in content for name in (*batch, "zero_optimization")):
         raise ConfigError(f"It must be a DeepSpeed config with {', '.join(batch[:2])}, but is not. Give that file.")
@@ -268,5 +268,11 @@ def _deepspeed(text: str, hints: Hints) -> Source:
     options = {canonical(name): (str(content[name]),) for name in batch if name in content}
     if "sequence_parallel_size" in content:
         options["context_parallel_size"] = (str(content["sequence_parallel_size"]),)
-    run = ExistingRun("deepspeed", options, None, hints.world_size, deepspeed=content).replaced(hints.values)
-    return Source("deepspeed", text, (run,), (), cast(Mapping[str, Any], block_in(content, "it") or {}))
+    notes = tuple(
+        json_files.automatic(text, name)
+        for name in batch
+        if content.get(name) == "auto" and not {name, canonical(name)} & {*hints.values}
+    )
+    run = ExistingRun("deepspeed", options, None, hints.world_size, notes=notes, deepspeed=content)
+    settings = cast(Mapping[str, Any], block_in(content, "it") or {})
+    return Source("deepspeed", text, (run.replaced(hints.values),), (), settings, hints)

@@ -10,22 +10,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-from es_megatron.checks.config_report import Wishes, examine
+from es_megatron.checks.config_report import Wishes, examine, wishes_in
 from es_megatron.config import EvolvedSamplingConfig, require
-from es_megatron.config_files.reading import KINDS, Hints, read
-from es_megatron.config_patch.writing import patch
-from es_megatron.errors import ConfigError
+from es_megatron.config_files.reading import KINDS, Hints, Source, read, read_text
+from es_megatron.config_patch.folder import check_folder
+from es_megatron.config_patch.writing import is_patched, patch
+from es_megatron.errors import ConfigError, EsError
 from es_megatron.frameworks import arguments as flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("config", type=Path, help="launch script, argument list, YAML or DeepSpeed JSON")
+    parser.add_argument(
+        "config",
+        type=Path,
+        help="launch script, argument list, YAML or DeepSpeed JSON; with --check also a folder of them",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="only report; exit code 1 if anything is refused")
     what.add_argument("--diff", action="store_true", help="print a unified diff instead of writing a copy")
     what.add_argument("--in-place", action="store_true", help="write into CONFIG itself")
     what.add_argument("--output", type=Path, help="where the copy goes; default: NAME.es.EXT beside CONFIG")
+    parser.add_argument("--force", action="store_true", help="write over an output that was edited by hand")
     add_hints(parser)
     flags.add_arguments(parser)
 
@@ -49,11 +55,17 @@ def add_hints(parser: argparse.ArgumentParser) -> None:
 
 def run_patch(arguments: argparse.Namespace) -> int:
     """Report, and write unless something is refused; returns 1 if it is."""
-    source = read(arguments.config, hints_of(arguments))
+    hints = hints_of(arguments)
     switches = flags.read_switches(arguments)
     if switches.config is None and hasattr(arguments, "es"):
         raise ConfigError("`--no-es` switches Evolved Sampling off, so there is nothing to put in. Leave it out.")
     wishes = Wishes(switches.config or EvolvedSamplingConfig(), switches.given, arguments.passes)
+    if arguments.config.is_dir():
+        require(arguments.check, "a folder as CONFIG", "given with `--check`", str(arguments.config))
+        table, bad = check_folder(arguments.config, hints, wishes)
+        print(table)
+        return int(bad)
+    source = read(arguments.config, hints)
     report = examine(arguments.config.name, source, wishes)
     print(report.text(), file=sys.stderr if arguments.diff else sys.stdout)
     if arguments.check or report.refused:
@@ -63,9 +75,34 @@ def run_patch(arguments: argparse.Namespace) -> int:
         sys.stdout.write(diff_of(arguments.config.name, source.text, patched))
         return 0
     target = arguments.config if arguments.in_place else arguments.output or copy_of(arguments.config)
+    if target != arguments.config and target.exists():
+        if read_text(target) == patched:
+            print(f"already patched: {target}")
+            return 0
+        if not arguments.force and not as_written(target, source, hints):
+            raise ConfigError(
+                f"`{target}` is there already, and is not what `patch` wrote: it was edited, or is another file. Give "
+                "`--output` for another place, or `--force` to write over it."
+            )
     write(target, patched, like=arguments.config)
     print(f"written: {target} (`es-megatron unpatch {target}` takes it out again)")
     return 0
+
+
+def as_written(target: Path, source: Source, hints: Hints) -> bool:
+    """Whether a file is a patched copy of a config as it was written, with whatever settings."""
+    try:
+        copy = read(target, hints)
+        if not is_patched(copy):
+            return False
+        namespace = argparse.Namespace()
+        if isinstance(copy.settings, tuple):
+            namespace = flags.add_arguments(argparse.ArgumentParser()).parse_args(list(copy.settings))
+        switches = flags.read_switches(namespace)
+        config = wishes_in(copy, Wishes(EvolvedSamplingConfig(), frozenset())).config
+        return patch(source, config, switches) == copy.text
+    except EsError:
+        return False
 
 
 def hints_of(arguments: argparse.Namespace) -> Hints:

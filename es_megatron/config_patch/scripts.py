@@ -10,10 +10,11 @@ import posixpath
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from es_megatron.config_files.launches import RUNNER, Launch, Script, Site
-from es_megatron.config_files.shell.grammar import Statement
-from es_megatron.config_files.shell.interpreter import SHELLS
+from es_megatron.config_files.shell.commands import SHELLS
+from es_megatron.config_files.shell.tree import Statement
 from es_megatron.errors import ConfigError
 
 ARRAYS = ("ES_ARGS", "ES_MEGATRON_ARGS")
@@ -36,7 +37,13 @@ class Insertion:
     text: str
 
 
-def patch_launches(text: str, flags: Sequence[str], scripts: Reread, mark: Callable[[list[str], str], str]) -> str:
+def patch_launches(
+    text: str,
+    flags: Sequence[str],
+    scripts: Reread,
+    mark: Callable[[list[str], str], str],
+    begins: Callable[[str, Sequence[Script]], list[int]] | None = None,
+) -> str:
     """The text with every launch line going through the runner.
 
     Args:
@@ -44,6 +51,7 @@ def patch_launches(text: str, flags: Sequence[str], scripts: Reread, mark: Calla
         flags: put behind the script's word.
         scripts: reads the scripts in a file.
         mark: gives lines between marks, with an indentation.
+        begins: gives, for each launch, the start of the line for its mark, if the file is no script itself.
 
     Raises:
         ConfigError: a launch line cannot be changed without changing something else.
@@ -51,11 +59,12 @@ def patch_launches(text: str, flags: Sequence[str], scripts: Reread, mark: Calla
     before = scripts(text)
     launches = [launch for script in before for launch in script.launches]
     statements = [statement for script in before for statement in script.statements]
-    array = next(name for name in ARRAYS if name not in text) if has_arrays(text) else None
+    array = next(name for name in ARRAYS if name not in text) if has_arrays(text) and begins is None else None
+    lines = begins(text, before) if begins is not None else None
     choice = [0] * len(launches)
     while True:
         sites = [launch.sites[number] for launch, number in zip(launches, choice, strict=True)]
-        edits = edits_of(text, launches, sites, (flags, array, mark, statements))
+        edits = edits_of(text, launches, sites, Means(flags, array, mark, statements, lines))
         patched = text
         for edit in edits:
             patched = patched[: edit.start] + edit.text + patched[edit.end :]
@@ -72,15 +81,22 @@ def patch_launches(text: str, flags: Sequence[str], scripts: Reread, mark: Calla
         choice[moved] += 1
 
 
-Means = tuple[Sequence[str], str | None, Callable[[list[str], str], str], Sequence[Statement]]
+class Means(NamedTuple):
+    """What is put in, and where lines may stand."""
+
+    flags: Sequence[str]
+    array: str | None
+    mark: Callable[[list[str], str], str]
+    statements: Sequence[Statement]
+    lines: list[int] | None
 
 
 def edits_of(text: str, launches: Sequence[Launch], sites: Sequence[Site], means: Means) -> list[Insertion]:
     """What is put in, from the end of the file to its start."""
-    flags, array, mark, statements = means
+    flags, array, mark, statements, lines = means
     found: dict[tuple[int, int], Insertion] = {}
     marks: dict[int, list[str]] = {}
-    for launch, site in zip(launches, sites, strict=True):
+    for number, site in enumerate(sites):
         shared = [each for each, place in zip(launches, sites, strict=True) if place[:2] == site[:2]]
         options = [option for option in shared[0].takes if all(option in each.takes for each in shared)]
         if not options:
@@ -94,7 +110,7 @@ def edits_of(text: str, launches: Sequence[Launch], sites: Sequence[Site], means
         passed = f'"${{{array}[@]}}"' if direct else " ".join(flags)
         found[site[:2]] = Insertion(site.start, site.end, f"{options[0]} {RUNNER} {word} {passed}")
         body = [f"{array}=(", *(f"    {flag}" for flag in flags), ")"] if direct else []
-        where = line_for(text, site.start, statements)
+        where = lines[number] if lines is not None else line_for(text, site.start, statements)
         marks[where] = body or marks.get(where, [])
     for where, body in marks.items():
         line = text[where:]

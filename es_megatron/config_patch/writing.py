@@ -11,8 +11,6 @@ import json
 import re
 from typing import Any
 
-import yaml
-
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config.names import GROUPS, SECTION, flag_of, settings_in
 from es_megatron.config.settings import option_words
@@ -20,13 +18,14 @@ from es_megatron.config_files.existing_run import Kind
 from es_megatron.config_files.json_members import Member, members_of
 from es_megatron.config_files.reading import Source, last_word, scripts_in
 from es_megatron.config_files.shell.words import CONTINUED
-from es_megatron.config_patch.scripts import ARRAYS, patch_launches, unpatch_launches
+from es_megatron.config_files.yaml_files import key_lines
+from es_megatron.config_patch import yaml_blocks
+from es_megatron.config_patch.scripts import ARRAYS, RUN_AS_MODULE, patch_launches, unpatch_launches
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.arguments import STRICT_VERSIONS, Switches
 
 NO_SWITCHES = Switches(None, None)
 BEGIN, END = "# >>> es-megatron", "# <<< es-megatron <<<"
-UNENDED = "no newline at the end"
 MARKED = re.compile(rf"[ \t]*{BEGIN} \(([^)]*)\).*?{END}\r?\n", re.DOTALL)
 BARE = [
     *(flag_of(each.name) for each in settings_in(EvolvedSamplingConfig) if each.field.default is False),
@@ -65,18 +64,21 @@ def patch(source: Source, config: EvolvedSamplingConfig, switches: Switches = NO
     Raises:
         ConfigError: it is in already, or this text cannot be patched so that undoing it restores it.
     """
-    if source.settings or any(launch.patched for launch in source.launches):
+    if is_patched(source):
         raise ConfigError(
             "It is patched already. Edit the settings in it, or take them out with `es-megatron unpatch` first."
         )
     if switches.score_reference is not None:
         raise ConfigError("`--es-score-reference` is for one run: add it to that launch. Leave it out here.")
     audit = "" if switches.audit is None else str(switches.audit)
-    if audit and (source.kind in ("yaml", "deepspeed") or not re.fullmatch(VALUE, audit.replace("$", " "))):
+    if audit and (
+        (source.kind in ("yaml", "deepspeed") and not source.launches)
+        or not re.fullmatch(VALUE, audit.replace("$", " "))
+    ):
         raise ConfigError(
             "`--es-audit` must be a plain path, and is for scripts and argument lists only. Leave it out here."
         )
-    if source.kind == "script":
+    if source.launches:
         patched = _patch_script(source, flags_of(config, switches))
     elif source.kind == "arguments":
         patched = _patch_arguments(source.text, flags_of(config, switches))
@@ -89,6 +91,11 @@ def patch(source: Source, config: EvolvedSamplingConfig, switches: Switches = NO
             "It cannot be patched so that undoing it restores it. Put the settings in by hand (docs/configs.md)."
         )
     return patched
+
+
+def is_patched(source: Source) -> bool:
+    """Whether Evolved Sampling is in a config already."""
+    return bool(source.settings) or any(launch.patched for launch in source.launches)
 
 
 def unpatch(kind: Kind, text: str) -> tuple[str, bool]:
@@ -112,11 +119,9 @@ def unpatch(kind: Kind, text: str) -> tuple[str, bool]:
             "edited there. Take the rest out by hand."
         )
     told = marks[0][1]
-    restored = MARKED.sub("", text)
-    if kind == "script":
+    restored = yaml_blocks.taken_out(text, MARKED, told)
+    if RUN_AS_MODULE.search(restored):
         restored = unpatch_launches(restored, IN_LAUNCH)
-    elif UNENDED in told:
-        restored = restored.removesuffix("\n").removesuffix("\r")
     return restored, digest(restored) in told
 
 
@@ -139,7 +144,8 @@ def _patch_script(source: Source, flags: list[str]) -> str:
     def mark(body: list[str], indent: str) -> str:
         return _marked(source.text, body, indent)
 
-    return patch_launches(source.text, flags, lambda text: scripts_in(source.kind, text, source.hints), mark)
+    begins = key_lines if source.kind == "yaml" else None
+    return patch_launches(source.text, flags, lambda text: scripts_in(source.kind, text, source.hints), mark, begins)
 
 
 def _patch_arguments(text: str, flags: list[str]) -> str:
@@ -152,16 +158,10 @@ def _patch_arguments(text: str, flags: list[str]) -> str:
 
 
 def _patch_yaml(text: str, settings: dict[str, Any]) -> str:
-    body = [f"{SECTION}:", *(f"  {name}: {json.dumps(value)}" for name, value in settings.items())]
-    ended = not text or text.endswith("\n")
-    patched = text + ("" if ended else _newline(text)) + _marked(text, body, "", "" if ended else f", {UNENDED}")
-    try:
-        same = yaml.safe_load(patched.lstrip("\ufeff")) == {**yaml.safe_load(text.lstrip("\ufeff")), SECTION: settings}
-    except yaml.YAMLError:
-        same = False
-    if not same:
-        raise ConfigError("A block cannot be put behind this YAML. Put in by hand: " + "; ".join(body))
-    return patched
+    def marked(body: list[str], indent: str, extra: str) -> str:
+        return _marked(text, body, indent, extra)
+
+    return yaml_blocks.put_in(text, settings, _newline(text), marked)
 
 
 def _patch_json(text: str, settings: dict[str, Any]) -> str:

@@ -74,7 +74,8 @@ def count_tokens(args: Namespace) -> None:
         return
     if tokens < args.seq_length:
         raise ConfigError(
-            f"`--train-tokens` must be at least a sequence of {args.seq_length} tokens, but is {tokens} instead. Raise it."
+            f"`--train-tokens` must be at least a sequence of {args.seq_length} tokens, but is {tokens} instead. "
+            "Raise it."
         )
     args.train_samples, args.train_tokens = tokens // args.seq_length, None
 

@@ -7,7 +7,9 @@ from es_megatron.refusals.table import Refusal, Setting, is_above_one, is_given
 
 
 def _two_lengths(setting: Setting) -> bool:
-    return is_given(setting("train_tokens")) and (is_given(setting("train_samples")) or is_given(setting("train_iters")))
+    return is_given(setting("train_tokens")) and (
+        is_given(setting("train_samples")) or is_given(setting("train_iters"))
+    )
 
 
 MEGATRON_DEEPSPEED: tuple[Refusal, ...] = (

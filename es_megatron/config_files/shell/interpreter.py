@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from es_megatron.config_files.shell.branches import STARTS, Brancher, names_in
+from es_megatron.config_files.shell.commands import DECLARES, SHELLS, SILENT, script_after, trimmed
 from es_megatron.config_files.shell.conditions import decide, join, matches
-from es_megatron.config_files.shell.expansion import Context, Expander, Field, Value, merged, plain, same
-from es_megatron.config_files.shell.grammar import (
-    Assignment,
+from es_megatron.config_files.shell.expansion import Context, Field, Value
+from es_megatron.config_files.shell.grammar import Parser
+from es_megatron.config_files.shell.traced import Traced, joined, made, text_of, unknown, unknowns
+from es_megatron.config_files.shell.tree import (
     Block,
     Branches,
     Case,
@@ -23,17 +26,12 @@ from es_megatron.config_files.shell.grammar import (
     Function,
     Group,
     Loop,
-    Parser,
     Pipeline,
     Simple,
 )
-from es_megatron.config_files.shell.traced import Traced, joined, made, text_of, unknown, unknowns
-from es_megatron.config_files.shell.words import Piece, Word
+from es_megatron.config_files.shell.words import Piece
 from es_megatron.errors import ConfigError
 
-STARTS = re.compile(r"\.py\b|torchrun|deepspeed|accelerate|\bpython|\bmsrun")
-"""Of a text that may be part of a launch line."""
-SHELLS = ("bash", "sh", "zsh", "dash")
 DEEPEST, MOST = 12, 4000
 """Scripts within scripts, and commands: a script that goes beyond is read no further."""
 MOST_TURNS = 16
@@ -54,17 +52,15 @@ class Call:
 
 
 @dataclass
-class Interpreter(Expander):
+class Interpreter(Brancher):
     """The state of a script while it is read from top to bottom."""
 
-    others: dict[str, list[Value]] = field(default_factory=dict[str, list[Value]])
-    """Other values that a variable with a part of a launch line may have."""
-    undecided: list[str] = field(default_factory=list[str])
-    """Flags set in branches that may or may not run."""
     functions: dict[str, tuple[Command, Context]] = field(default_factory=dict[str, tuple[Command, Context]])
     calls: list[Call] = field(default_factory=list[Call])
     visited: set[str] = field(default_factory=set[str])
     """Functions that were called."""
+    passed_over: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    """Other files that are read in: the line, and the command."""
     files: dict[str, Traced] = field(default_factory=dict[str, Traced])
     """Files that here-documents were written to."""
     parser: Parser | None = None
@@ -106,7 +102,7 @@ class Interpreter(Expander):
                 continue
             if joint and truth is None:
                 ran = list[bool | None]()
-                self._either([lambda pipeline=pipeline, ran=ran: ran.append(self._pipeline(pipeline))], sure=False)
+                self.either([lambda pipeline=pipeline, ran=ran: ran.append(self._pipeline(pipeline))], sure=False)
                 result = ran[0]
             else:
                 result = self._pipeline(pipeline)
@@ -156,7 +152,7 @@ class Interpreter(Expander):
         if loop.name:
             self.variables[loop.name] = made(unknown(loop.name))
         self.block(loop.condition)
-        self._either([lambda: self.block(loop.body)], sure=False)
+        self.either([lambda: self.block(loop.body)], sure=False)
         return True
 
     def _branches(self, command: Branches) -> bool | None:
@@ -168,7 +164,7 @@ class Interpreter(Expander):
             if holds is True:
                 sure = True
                 break
-        return self._either(bodies, sure=sure)
+        return self.either(bodies, sure=sure)
 
     def _case(self, command: Case) -> bool | None:
         subject, bodies, sure = text_of(self.text(command.word)), list[Callable[[], object]](), False
@@ -179,64 +175,7 @@ class Interpreter(Expander):
             if holds is True:
                 sure = True
                 break
-        return self._either(bodies, sure=sure)
-
-    def _either(self, bodies: Sequence[Callable[[], object]], *, sure: bool) -> bool | None:
-        """Go into branches of which one runs, or none if it is not sure; put together what they set."""
-        if sure and len(bodies) == 1:
-            bodies[0]()
-            return True
-        before, ends = dict(self.variables), list[dict[str, Value]]()
-        for body in bodies:
-            self.variables = dict(before)
-            body()
-            ends.append(self.variables)
-        ends += [] if sure else [before]
-        self.variables = dict(before)
-        for name in dict.fromkeys(name for end in ends for name in end):
-            values = [end[name] for end in ends if name in end]
-            if not all(same(value, before.get(name)) for value in values) or len(values) < len(ends):
-                self.variables[name] = self._together(name, before.get(name), values)
-        return None if bodies else True
-
-    def _together(self, name: str, before: Value | None, values: Sequence[Value]) -> Value:
-        """What a variable is after branches: options are read as if they are set, anything else is not known."""
-        found = merged(values)
-        if len(found) == 1:
-            if not same(found[0], before):
-                self._doubt(before, found[0])
-            return found[0]
-        commands = [value for value in found if STARTS.search(plain(value))]
-        if commands:
-            self.others[name] = [*self.others.get(name, []), *(each for each in commands[1:])][:8]
-            for value in found:
-                self._doubt(before, value)
-            return commands[0]
-        new = [value for value in found if not same(value, before)]
-        if any(isinstance(value, list) for value in new):
-            return self._arrays(before, new)
-        had = before if isinstance(before, tuple) and "--" in text_of(before) else ()
-        options = [value for value in new if isinstance(value, tuple) and "--" in text_of(value)]
-        for value in options:
-            self._doubt(had, value)
-            more = text_of(value).startswith(text_of(had))
-            had = value if more else joined([had, value])
-        return had or made(unknown(name))
-
-    def _arrays(self, before: Value | None, new: Sequence[Value]) -> Value:
-        old = before if isinstance(before, list) else []
-        items = list(old)
-        for value in new:
-            if isinstance(value, list):
-                self._doubt(before, value)
-                extends = [text_of(each) for each in value[: len(old)]] == [text_of(each) for each in old]
-                items = [*items, *value[len(old) :]] if extends else list(value)
-        return items
-
-    def _doubt(self, before: Value | None, value: Value) -> None:
-        had = plain(before) if before is not None else ""
-        words = plain(value).removeprefix(had).split()
-        self.undecided += [word.split("=")[0] for word in words if word.startswith("--")]
+        return self.either(bodies, sure=sure)
 
     def _simple(self, command: Simple) -> bool | None:
         names = [name for word in command.words for name in names_in(word)]
@@ -254,10 +193,10 @@ class Interpreter(Expander):
     def _once(self, command: Simple) -> bool | None:
         fields = [each for word in command.words for each in self.fields(word)]
         texts = [each.text for each in fields]
-        declares = bool(command.words) and command.words[0].bare() in ("export", "declare", "local", "readonly", "typeset")
+        declares = bool(command.words) and command.words[0].bare() in DECLARES
         kept = dict(self.variables) if fields and not declares and command.assignments else None
         for each in command.assignments:
-            self._assign(each)
+            self.assign(each)
         if fields:
             if not self._built_in(fields, texts):
                 direct = not self.within and self.context.runs is None
@@ -276,6 +215,9 @@ class Interpreter(Expander):
         if name == "eval":
             self.nested(joined([each.runs for each in fields[1:]]), shared=True)
             return True
+        if name in ("source", ".") and texts[1:] and texts[1] not in self.files and self.context.runs is None:
+            line = self.context.text.count("\n", 0, fields[0].word.start) + 1
+            self.passed_over.append((line, " ".join(texts[:2])))
         if name == "shift" and self.positional is not None:
             self.positional = self.positional[int(texts[1]) if texts[1:] and texts[1].isdigit() else 1 :]
         elif name == "set" and "--" in texts:
@@ -294,7 +236,9 @@ class Interpreter(Expander):
             if shell and (place := script_after(texts, at)) is not None:
                 self.nested(fields[place].runs, [each.runs for each in fields[place + 2 :]], around=texts[:place])
                 return True
-            if text in self.files and (at == 0 or posixpath.basename(texts[at - 1]) in (*SHELLS, "sbatch", "source", ".")):
+            if text in self.files and (
+                at == 0 or posixpath.basename(texts[at - 1]) in (*SHELLS, "sbatch", "source", ".")
+            ):
                 self.nested(self.files[text], around=texts[:at])
                 return True
         if posixpath.basename(texts[0]) in SILENT:
@@ -321,39 +265,6 @@ class Interpreter(Expander):
                 self.variables[texts[-1]] = body
             elif name not in ("python", "python3"):
                 self.nested(body, around=texts)
-
-    def _assign(self, each: Assignment) -> None:
-        if each.name in self.pinned:
-            self.variables[each.name] = made(self.pinned[each.name])
-            return
-        names = [name for word in each.words for name in names_in(word) if name in self.others]
-        before = self.variables.get(each.name)
-        value = self._value(each, before)
-        others: list[Value] = []
-        for name in dict.fromkeys(names):
-            kept = self.variables.get(name)
-            for other in self.others[name]:
-                self.variables[name] = other
-                others.append(self._value(each, self.variables.get(each.name)))
-            if kept is not None:
-                self.variables[name] = kept
-        if each.append and each.name in self.others:
-            others += [self._value(each, other) for other in self.others[each.name]]
-        self.variables[each.name] = value
-        self.others.pop(each.name, None)
-        if others:
-            self.others[each.name] = merged(others)[:8]
-
-    def _value(self, each: Assignment, before: Value | None) -> Value:
-        if each.array:
-            items = [item.runs for word in each.words for item in self.fields(word)]
-            if not each.append:
-                return items
-            return [*(before if isinstance(before, list) else [before] if before else []), *items]
-        text = self.text(each.words[0])
-        if not each.append or before is None:
-            return text
-        return (joined(before) if isinstance(before, list) else before) + text
 
     def _function(self, name: str, positional: list[Traced] | None) -> None:
         if self.depth >= DEEPEST:
@@ -420,70 +331,6 @@ class Interpreter(Expander):
         if command.words[0].bare() == "cat" and (words or len(bodies) != 1):
             return super().substituted(piece)
         return [trimmed(bodies[0])] if bodies else [joined([each for each in words if text_of(each)[:1] != "-"])]
-
-
-SILENT = (
-    "echo",
-    "printf",
-    "ls",
-    "cp",
-    "mv",
-    "cat",
-    "test",
-    "[",
-    "[[",
-    "ln",
-    "chmod",
-    "md5sum",
-    "grep",
-    "sed",
-    "awk",
-    "git",
-    "export",
-    "pkill",
-    "kill",
-    "killall",
-    "rm",
-    "mkdir",
-    "scp",
-    "rsync",
-    "wc",
-    "head",
-    "tail",
-    "find",
-    "sleep",
-    "source",
-    "read",
-)
-"""Commands that name a training script without starting it."""
-
-
-def names_in(word: Word) -> Iterator[str]:
-    """Names of the variables in a word."""
-    for piece in word.pieces:
-        if piece.kind == "variable" and (match := re.match(r"#?([A-Za-z_]\w*)", piece.value)):
-            yield match[1]
-
-
-def script_after(texts: Sequence[str], at: int) -> int | None:
-    """Where the script of `bash -c SCRIPT` stands; None if that shell is given none."""
-    for place in range(at + 1, len(texts) - 1):
-        if not texts[place].startswith("-"):
-            return None
-        if not texts[place].startswith("--") and "c" in texts[place]:
-            return place + 1
-    return None
-
-
-def trimmed(runs: Traced) -> Traced:
-    """Without line ends at its end, as `$(...)` gives it."""
-    found = list(runs)
-    while found and not found[-1].text.rstrip("\r\n"):
-        found.pop()
-    if found:
-        last = found[-1]
-        found[-1] = last.part(0, len(last.text.rstrip("\r\n")))
-    return tuple(found)
 
 
 def values_of(text: str, pinned: Iterable[tuple[str, str]] = ()) -> dict[str, Value]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 OPEN, CLOSE, HIDDEN = "\ue000", "\ue001", 0xE100
@@ -100,7 +101,7 @@ def trail_of(runs: Sequence[Run]) -> tuple[Place, ...]:
     runs = [run for run in runs if run.trail]
     if not runs or any(run.trail[1:] != runs[0].trail[1:] for run in runs):
         return ()
-    for left, right in zip(runs, runs[1:], strict=False):
+    for left, right in pairwise(runs):
         if left.trail[0].end != right.trail[0].start:
             return ()
     return (Place(runs[0].trail[0].start, runs[-1].trail[0].end), *runs[0].trail[1:])
@@ -127,7 +128,7 @@ def places_of(runs: Sequence[Run], rest: Sequence[Run]) -> list[Place]:
     while runs and all(len(run.trail) >= depth for run in runs):
         places = list(dict.fromkeys(run.trail[-depth] for run in runs))
         outer = [run.trail[-depth + 1] for run in runs] if depth > 1 else []
-        side_by_side = all(left.end == right.start for left, right in zip(places, places[1:], strict=False))
+        side_by_side = all(left.end == right.start for left, right in pairwise(places))
         shared = any(place in run.trail for run in rest for place in places)
         if side_by_side and not shared and (depth == 1 or len(set(outer)) == 1):
             found.append(Place(places[0].start, places[-1].end))
