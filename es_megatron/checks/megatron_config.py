@@ -127,6 +127,14 @@ def check_data(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Find
             "Evolved Sampling has its own order: every sample of a component once per epoch, shuffled anew each time",
             "none needed; the order will differ from a run without it",
         )
+    if not any(name in run.options for name in ("data_path", "train_data_path", "data_args_path")):
+        for name in ("train_weighted_split_paths", "train_weighted_split_paths_path"):
+            if run.on(name):
+                yield refuse(
+                    flag(run, name),
+                    "these lists of weighted splits, of BigScience's fork, are not read",
+                    "give the files and their weights with `--data-path`",
+                )
     workers = run.number("num_workers") if run.on("num_workers") else None
     lag = config.order.mask_lag
     if workers is not None and lag is not None and workers * LOADER_PREFETCH > lag:

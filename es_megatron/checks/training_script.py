@@ -41,8 +41,23 @@ class Task:
     why: str
 
 
+GENERIC = r"(train|main|finetune|run|pretrain)\.py"
 STAGES = ("sft", "rm", "orm", "prm", "dpo", "ppo", "kto", "simpo", "rlhf")
 OTHER_MODEL = "its losses and samples are not those of a causal language model"
+INFERENCE = Task(
+    "inference or evaluation",
+    (
+        "num_tokens_to_generate",
+        "max_tokens_to_generate",
+        "out_seq_length",
+        "genfile",
+        "sample_input_file",
+        "output_bert_embeddings",
+        "eval_only",
+    ),
+    ("generate", "generation", "inference", "infer", "serve", "server", "eval", "evaluate", "zeroshot"),
+    "nothing is trained",
+)
 TASKS = (
     Task("BERT", ("bert_no_binary_head", "bert_embedder_type", "short_seq_prob"), ("bert",), OTHER_MODEL),
     Task("T5", ("decoder_seq_length", "decoder_num_layers", "vocab_extra_ids"), ("t5",), OTHER_MODEL),
@@ -77,27 +92,20 @@ TASKS = (
             "is_instruction_dataset",
             "repeated_dataloader",
         ),
-        ("posttrain", "sft", "dpo", "ppo", "grpo", "rlhf", "rl", "reward", "eagle3", "distill"),
+        ("posttrain", "sft", "dpo", "ppo", "grpo", "rlhf", "rl", "reward", "eagle3", "distill", "modelopt"),
         "its samples are prompts or packed conversations from a loader of its own, not rows of a pretraining corpus",
     ),
+    INFERENCE,
     Task(
-        "inference or evaluation",
-        (
-            "num_tokens_to_generate",
-            "max_tokens_to_generate",
-            "out_seq_length",
-            "genfile",
-            "sample_input_file",
-            "output_bert_embeddings",
-            "eval_only",
-        ),
-        ("generate", "generation", "inference", "infer", "serve", "server", "eval", "evaluate", "zeroshot"),
-        "nothing is trained",
+        "a downstream task",
+        ("task",),
+        ("tasks", "glue", "race", "mnli", "qqp"),
+        "its samples are labelled examples from a loader of its own, not rows of a pretraining corpus",
     ),
     Task(
         "conversion or preparation",
         ("target_tensor_parallel_size", "hf2megads", "megads2hf", "pretrained_model_path"),
-        ("convert", "preprocess", "checkpoint", "quantize", "prune", "export", "validate"),
+        ("convert", "preprocess", "checkpoint", "quantize", "prune", "export", "validate", "test"),
         "nothing is trained",
     ),
 )
@@ -105,8 +113,11 @@ TASKS = (
 
 def task_of(run: ExistingRun) -> tuple[Task, str] | None:
     """What else a run is, and what shows it; None for pretraining of a language model."""
-    base = shown((run.script or "").rpartition("/")[2])
-    words = re.split(r"[_\W]+", base.lower().removesuffix(".py"))
+    parts = shown(run.script or "").split("/")
+    base = parts[-1]
+    # Folders are asked about a plain `train.py` only: people keep a `pretrain_gpt.py` in all kinds of folders.
+    told = "_".join(parts[-3:] if re.fullmatch(GENERIC, base) else parts[-1:])
+    words = re.split(r"[_\W]+", told.lower().removesuffix(".py"))
     for task in TASKS:
         option = next((name for name in task.options if run.on(name)), None)
         if task.name == "post-training" and run.value("stage") in STAGES:
@@ -117,7 +128,7 @@ def task_of(run: ExistingRun) -> tuple[Task, str] | None:
             return task, f"`{option}`" if run.kind == "yaml" else f"`--{option.replace('_', '-')}`"
     inference = next((name for name in run.options if name.startswith("inference_")), None)
     trains = any(run.on(name) for name in ("train_iters", "train_samples", "train_tokens"))
-    return (TASKS[-2], f"`{inference}`") if inference is not None and not trains else None
+    return (INFERENCE, f"`{inference}`") if inference is not None and not trains else None
 
 
 def was_read(run: ExistingRun) -> bool:
