@@ -47,6 +47,8 @@ DEV = [
     "pyright[nodejs]",  # nodejs: so that a machine without node need not download one
     "import-linter>=2.1",
     "tensorboard",
+    "tree-sitter>=0.23",  # a grammar of bash, against which the reader of scripts is tested
+    "tree-sitter-bash>=0.23",
 ]
 
 setup(

@@ -10,6 +10,7 @@ from es_megatron.checks.deepspeed_config import check_deepspeed
 from es_megatron.checks.findings import Finding, blocking, report
 from es_megatron.checks.megatron_config import check
 from es_megatron.checks.sizes import Proposal, measure, propose
+from es_megatron.checks.training_script import task_of, was_read
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config.names import given_names, settings_in
 from es_megatron.config_files.existing_run import ExistingRun
@@ -97,4 +98,7 @@ def examine_run(run: ExistingRun, wishes: Wishes) -> tuple[list[Finding], Propos
     sizes, more = measure(run)
     passes = passes_of(run, wishes.passes)
     proposal, told = propose(run, sizes, wishes.config, wishes.given, passes)
-    return findings + more + told, proposal
+    found = findings + more + told
+    if task_of(run) is not None or not was_read(run):  # nothing is fine about a run that is not known, or not ours
+        found = [finding for finding in found if finding.severity != "OK"]
+    return found, proposal

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from es_megatron.checks.findings import Finding, note, ok, refuse
-from es_megatron.checks.training_script import check_script, task_of, was_read
+from es_megatron.checks.training_script import check_script
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import ExistingRun
 from es_megatron.config_files.shell.traced import shown
@@ -44,10 +44,7 @@ def check(run: ExistingRun, config: EvolvedSamplingConfig) -> list[Finding]:
         check_precision,
         check_reading,
     )
-    found = [finding for group in groups for finding in group(run, config)]
-    return (
-        found if was_read(run) and task_of(run) is None else [finding for finding in found if finding.severity != "OK"]
-    )
+    return [finding for group in groups for finding in group(run, config)]
 
 
 def flag(run: ExistingRun, name: str, default: str | None = None) -> str:

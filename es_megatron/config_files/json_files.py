@@ -28,6 +28,7 @@ def load(text: str) -> Any:
 def what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
     """What is said of a text that is no JSON: comments, trailing commas, templates, or the rest."""
     at = len(text) - len(text[error.pos :].lstrip())
+    at -= text[max(at - 1, 0) : at + 1] == "{{"
     line = text.count("\n", 0, at) + 1
     if COMMENT.match(text, at):
         return f"Line {line}: comments are not JSON, and DeepSpeed refuses them too. Take them out."

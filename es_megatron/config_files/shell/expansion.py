@@ -95,6 +95,8 @@ class Expander:
             return split(whole) if name in ("@", "*") else whole
         if name in ("@", "*"):
             return self.positional
+        if name == "#" and self.positional is not None:
+            return made(str(len(self.positional)))
         if name.isdigit() and name != "0" and self.positional is not None:
             return self.positional[int(name) - 1] if int(name) <= len(self.positional) else ()
         return self.variables.get(name)

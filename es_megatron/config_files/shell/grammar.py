@@ -24,7 +24,7 @@ from es_megatron.config_files.shell.tree import (
     Simple,
     Statement,
 )
-from es_megatron.config_files.shell.words import BLANK, CONTINUED, META, Reader, Word
+from es_megatron.config_files.shell.words import BLANK, CONTINUED, META, Piece, Reader, Word
 from es_megatron.errors import ConfigError
 
 ASSIGNED = re.compile(r"([A-Za-z_]\w*)(?:\[[^\]\s]*\])?(\+?)=")
@@ -286,6 +286,8 @@ class Parser(Reader):
             if testing and (match := IN_TEST.match(text, at)):
                 words.append(Reader(text).document(at, match.end(), expand=False, tabs=False))
                 self.at = match.end()
+            elif text.startswith(("<(", ">("), at):
+                words.append(self._process())
             elif match := REDIRECT.match(text, at):
                 self._redirect(match, redirects)
             elif text[at] in ";&|()":
@@ -322,14 +324,20 @@ class Parser(Reader):
             else:
                 words.append(self.word())
 
+    def _process(self) -> Word:
+        """`<(...)`: the name of a file."""
+        start, self.at = self.at, self.closing(self.at + 1, "(", ")") + 1
+        piece = Piece("substitution", self.text[start + 2 : self.at - 1], True, start, self.at, start + 2)
+        return Word(start, self.at, (piece,))
+
     def _redirect(self, match: re.Match[str], redirects: list[Redirect]) -> None:
         self.at = match.end()
         operator = match[0].lstrip("0123456789")
-        if self.text.startswith("(", self.at):  # <(...)
-            self.at = self.closing(self.at, "(", ")") + 1
+        if self.text.startswith("(", self.at):  # > (...) has no meaning
             return
         self._skip(newlines=False)
-        redirect = Redirect(operator, self.word())
+        target = self._process() if self.text.startswith(("<(", ">("), self.at) else self.word()
+        redirect = Redirect(operator, target)
         redirects.append(redirect)
         if operator in ("<<", "<<-"):
             self.waiting.append(redirect)

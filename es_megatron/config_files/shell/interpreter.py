@@ -141,7 +141,7 @@ class Interpreter(Brancher):
 
     def _loop(self, loop: Loop) -> bool | None:
         words = [each.runs for word in loop.words for each in self.fields(word)]
-        known = words and not any(unknowns(text_of(word)) for word in words)
+        known = words and not any(unknowns(text_of(word)) or set(text_of(word)) & set("*?[") for word in words)
         if loop.name and known and self.turns * len(words) <= MOST_TURNS:
             self.turns *= len(words)
             for word in words:
