@@ -146,7 +146,7 @@ def check_script(run: ExistingRun, config: EvolvedSamplingConfig) -> Iterator[Fi
     if found is not None:
         task, by = found
         yield refuse(by, f"this is {task.name}: {task.why}", "use a pretraining run of a GPT (`pretrain_gpt.py`)")
-    elif not was_read(run) and not run.refused:
+    elif run.script is not None and not was_read(run) and not run.refused:
         if run.unread:
             named = ", ".join(f"`${each}`" for each in run.unread)
             yield refuse(

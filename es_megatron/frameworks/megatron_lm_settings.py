@@ -147,7 +147,7 @@ class Length:
         else:
             new["train_iters"] = iterations
         for name in DECAYS:
-            value = self.given[name]
+            value = self.given.get(name)
             if value is not None:
                 new[name] = max(1, round(value * share))
         told = [f"{name} {self.given[name]} -> {new[name]}" for name in new if new[name] != self.given[name]]
@@ -177,7 +177,8 @@ def plan_length(args: Namespace, at: StartingPoint) -> Length:
     Raises:
         ConfigError: no length, or a run that is over already.
     """
-    given = {name: getattr(args, name, None) for name in ("train_iters", "train_samples", *DECAYS)}
+    names = [name for name in DECAYS if name != "lr_decay_tokens" or hasattr(args, name)]
+    given = {name: getattr(args, name, None) for name in ("train_iters", "train_samples", *names)}
     iterations = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     left = iterations - at.started_at
     if left < 1:

@@ -1,4 +1,8 @@
-"""Kinds of configs that teams have, each reduced: what is found in it, what is refused, and what is proposed."""
+"""Kinds of configs that teams have, each reduced: what is found in it, what is refused, and what is proposed.
+
+The golden files stand beside the configs: NAME.report and NAME.diff. Write them anew with
+`ES_WRITE_GOLDEN=1 python -m pytest tests/unit/test_config_kinds.py`, and read the difference.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,47 @@ from es_megatron.errors import ConfigError
 RUN = "pretrain_gpt.py --num-layers 2 --seq-length 128 --micro-batch-size 1 --global-batch-size 64 --train-iters 50"
 WISHES = Wishes(EvolvedSamplingConfig(), frozenset())
 CASES = Path(os.environ.get("ES_CONFIG_CASES", Path(__file__).parents[3] / "shared" / "cases" / "configs"))
+
+
+GOLDEN = Path(__file__).parent / "golden_kinds"
+GOLDEN_CODES = {
+    "exported_parts.slurm": 0,
+    "appended_command.sh": 0,
+    "submitted.sh": 0,
+    "pod.yaml": 0,
+    "neox.yml": 0,
+    "trainer.yaml": 0,
+    "braces.yaml": 0,
+    "automatic.json": 0,
+    "wrapper.sh": 1,
+    "two_lengths.sh": 1,
+    "one_micro_batch.sh": 1,
+    "other_launcher.sh": 1,
+    "sentence_pairs.sh": 1,
+    "template.json": 2,
+    "commented.json": 2,
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_CODES)
+def test_report_and_diff_are_the_golden_ones(name, capsys):
+    assert cli.main(["patch", str(GOLDEN / name), "--diff"]) == GOLDEN_CODES[name]
+    output = capsys.readouterr()
+    for suffix, told in (("report", output.err), ("diff", output.out)):
+        path = GOLDEN / f"{name}.{suffix}"
+        if os.environ.get("ES_WRITE_GOLDEN") and told:
+            path.write_bytes(told.encode())
+        assert (path.read_bytes().decode() if path.exists() else "") == told
+
+
+@pytest.mark.parametrize("name", [name for name, code in GOLDEN_CODES.items() if code == 0])
+def test_copies_are_restored_byte_for_byte(name, tmp_path):
+    original = (GOLDEN / name).read_bytes()
+    (tmp_path / name).write_bytes(original)
+    assert cli.main(["patch", str(tmp_path / name), "--in-place"]) == 0
+    assert (tmp_path / name).read_bytes() != original
+    assert cli.main(["unpatch", str(tmp_path / name)]) == 0
+    assert (tmp_path / name).read_bytes() == original
 
 
 def reported(folder: Path, name: str, text: str, hints: Hints | None = None) -> Report:

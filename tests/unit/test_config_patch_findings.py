@@ -61,7 +61,7 @@ def found(report: Report, severity: str) -> str:
             "interleaved stages need a multiple of the 4 pipeline stages. Cure: use a global batch size of 8",
         ),
         ("--global-batch-size $B", "NOTE", "`B`: not known from the file alone"),
-        ("--global-batch-size 4", "REFUSE", "more than the plain one"),
+        ("--global-batch-size 4", "REFUSE", "b cannot be below B"),
     ],
 )
 def test_findings(more, severity, told, tmp_path):
@@ -114,6 +114,12 @@ def test_keep_ratio_is_moved_only_if_it_was_not_told(tmp_path):
     assert "Use `keep_ratio` 0.2 (b = 8)" in found(report, "REFUSE")
 
 
+def test_a_run_that_would_cost_more_is_refused(tmp_path):
+    told = found(examined(tmp_path, SMALL, keep_ratio=60 / 64), "REFUSE")
+    assert "more than the plain one" in told
+    assert "a scorer that makes no pass" in told
+
+
 def test_scoring_micro_batch_that_was_told_must_fit(tmp_path):
     report = examined(tmp_path, SMALL, scoring_micro_batch_size=3)
     assert "must cut a rank's 16 sequences" in found(report, "REFUSE")
@@ -121,11 +127,11 @@ def test_scoring_micro_batch_that_was_told_must_fit(tmp_path):
 
 
 def test_second_launch_line_is_held_to_the_plan_of_the_first(tmp_path):
-    other = SMALL.replace("per_node 4", "per_node 64")
+    other = SMALL.replace("per_node 4", "per_node 32")
     text = f"if [ $NODES = 1 ]; then\n{SMALL}\nelse\n{other}\nfi\n"
     report = examined(tmp_path, text)
     assert "launched on lines 2, 4" in report.heading
-    assert "must be a multiple of 64" in found(report, "REFUSE")
+    assert "must be a multiple of 32" in found(report, "REFUSE")
 
 
 def test_control_arms_cost_no_scoring(tmp_path):

@@ -17,7 +17,7 @@ from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import CheckpointError, ConfigError, DataError
 from es_megatron.frameworks.audit import Audit
 from es_megatron.frameworks.megatron_data import open_token_file
-from es_megatron.frameworks.megatron_deepspeed import read_sources, training_documents
+from es_megatron.frameworks.megatron_deepspeed import count_tokens, read_sources, training_documents
 from es_megatron.frameworks.megatron_lm_data import (
     ComponentRows,
     DataPathEntry,
@@ -56,6 +56,23 @@ def arguments(**changes: Any) -> Namespace:
         "override_opt_param_scheduler": False,
     }
     return Namespace(**{**plain, **changes})
+
+
+def test_a_length_in_tokens_becomes_one_in_samples():
+    args = arguments(train_iters=None, train_tokens=1000 * 128 + 5, seq_length=128, lr_decay_tokens=64_000)
+    count_tokens(args)
+    assert (args.train_samples, args.train_tokens) == (1000, None)
+    length = plan_length(args, StartingPoint(0, None, 0))
+    assert length.plain_iterations == 1000 // 16
+    told = length.shorten(args, 31)
+    assert (args.train_samples, args.lr_decay_tokens) == (31 * 16, 32_000)
+    assert "lr_decay_tokens 64000 -> 32000" in told[0]
+    with length.original(args):
+        assert (args.train_samples, args.lr_decay_tokens) == (1000, 64_000)
+    with pytest.raises(ConfigError, match="at least a sequence of 128 tokens"):
+        count_tokens(arguments(train_tokens=100, seq_length=128))
+    count_tokens(arguments())  # none given
+    assert not hasattr(arguments(), "lr_decay_tokens")
 
 
 START = StartingPoint(0, None, 0)

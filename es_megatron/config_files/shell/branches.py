@@ -80,7 +80,7 @@ class Brancher(Expander):
 
     def _doubt(self, before: Value | None, value: Value) -> None:
         had = plain(before) if before is not None else ""
-        words = plain(value).replace(had, " ").split()
+        words = (plain(value).replace(had, " ") if had else plain(value)).split()
         self.undecided += [word.split("=")[0] for word in words if word.startswith("--")]
 
     def assign(self, each: Assignment) -> None:
