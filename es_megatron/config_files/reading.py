@@ -11,7 +11,7 @@ from typing import Any, cast
 from es_megatron.config.names import SECTION, block_in
 from es_megatron.config_files import json_files, yaml_files
 from es_megatron.config_files.existing_run import ALIASES, SIZES, ExistingRun, Kind, canonical, parse_options
-from es_megatron.config_files.launches import Launch, Script, is_packed, read_script
+from es_megatron.config_files.launches import Launch, Reason, Script, is_packed, read_script
 from es_megatron.config_files.ranks import world_size_of
 from es_megatron.config_files.shell.interpreter import Interpreter
 from es_megatron.config_files.shell.traced import MARK, shown, unknowns
@@ -139,10 +139,15 @@ def _run_of(text: str, script: Script, launch: Launch, hints: Hints) -> Existing
         script.assumed,
         tuple(each for each in script.undecided if canonical(each) in options),
         tuple(notes),
-        refused=((*launch.refused,),) if launch.refused else (),
+        refused=() if launch.refused is None else (as_finding(launch.refused),),
         unread=tuple(dict.fromkeys(bare)),
     )
     return run.replaced({name: value for name, value in hints.values.items() if canonical(name) in _KNOWN})
+
+
+def as_finding(reason: Reason) -> tuple[str, str, str]:
+    """What, why, cure."""
+    return reason.what, reason.why, reason.cure
 
 
 def loose_in(arguments: Sequence[str]) -> Iterator[str]:

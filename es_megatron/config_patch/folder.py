@@ -10,7 +10,7 @@ from pathlib import Path
 
 from es_megatron.checks.config_report import Report, Wishes, examine
 from es_megatron.config_files.launches import SCRIPT
-from es_megatron.config_files.reading import KINDS, Hints, read, read_text
+from es_megatron.config_files.reading import Hints, read, read_text
 from es_megatron.config_patch.writing import is_patched, patch
 from es_megatron.errors import ConfigError, EsError
 
@@ -28,6 +28,7 @@ class Row:
     verdict: str
     """One of `VERDICTS`; empty for a file that is no config of a training run."""
     recognised: str
+    """What it was read as; empty if it was not."""
     told: str
     """What is proposed, or why not."""
 
@@ -47,7 +48,7 @@ def row_of(path: Path, name: str, hints: Hints, wishes: Wishes) -> Row:
     try:
         source = read(path, hints)
         report = examine(name, source, wishes)
-        recognised = KINDS[source.kind]
+        recognised = source.kind
         if is_patched(source):
             return Row(name, "refused" if report.refused else "patched", recognised, told_of(report))
         if not report.refused:
@@ -91,7 +92,7 @@ def check_folder(folder: Path, hints: Hints, wishes: Wishes) -> tuple[str, bool]
         )
     configs = [row for row in rows if row.verdict]
     width = max((len(row.name) for row in configs), default=0)
-    lines = [f"{row.verdict:<15} {row.name:<{width}}  {row.told}" for row in configs]
+    lines = [f"{row.verdict:<15} {row.recognised:<9} {row.name:<{width}}  {row.told}" for row in configs]
     counts = [f"{sum(row.verdict == each for row in configs)} {each}" for each in VERDICTS]
     counts.append(f"{len(rows) - len(configs)} others, in which no training run was found")
     return "\n".join([*lines, ", ".join(counts)]), any(row.verdict in VERDICTS[2:] for row in configs)

@@ -7,6 +7,7 @@ The golden files stand beside the configs: NAME.report and NAME.diff. Write them
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -287,16 +288,16 @@ def test_a_folder_is_checked_in_one_table(tmp_path, capsys):
         (tmp_path / name).write_text(text)
     assert cli.main(["patch", "--check", str(tmp_path)]) == 1
     told = capsys.readouterr().out
-    rows = [line.split()[:2] for line in told.splitlines()[:-1] if not line.startswith("not understood")]
-    assert rows == [["proposed", "good.sh"], ["refused", "sub/refused.slurm"]]
-    assert "not understood  sub/odd.sh" in told
+    rows = [line.split()[:3] for line in told.splitlines()[:-1] if not line.startswith("not understood")]
+    assert rows == [["proposed", "script", "good.sh"], ["refused", "script", "sub/refused.slurm"]]
+    assert re.search("^not understood +sub/odd.sh", told, re.MULTILINE)
     assert told.splitlines()[-1].startswith("1 proposed, 0 patched, 1 refused, 1 not understood, 2 others")
     for path in ("sub/refused.slurm", "sub/odd.sh"):
         (tmp_path / path).unlink()
     assert cli.main(["patch", str(tmp_path / "good.sh"), "--in-place"]) == 0
     capsys.readouterr()
     assert cli.main(["patch", "--check", str(tmp_path)]) == 0
-    assert "patched         good.sh" in capsys.readouterr().out
+    assert "patched         script    good.sh" in capsys.readouterr().out
     assert cli.main(["patch", str(tmp_path)]) == 2
     assert cli.main(["patch", "--check", str(tmp_path / "sub")]) == 2
 
