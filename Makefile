@@ -87,7 +87,8 @@ endif
 trees: $(STAMP)
 	$(PIP) install --quiet six regex einops pydantic pybind11
 	MEGATRON_LM="$(abspath $(MEGATRON_LM))" MEGATRON_DEEPSPEED="$(abspath $(MEGATRON_DEEPSPEED))" $(BIN)/python -m pytest \
-	    tests/end_to_end/test_megatron_lm.py tests/end_to_end/test_megatron_deepspeed.py $(PYTEST_ARGS)
+	    tests/end_to_end/test_megatron_lm.py tests/end_to_end/test_megatron_lm_merged.py \
+	    tests/end_to_end/test_megatron_deepspeed.py $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	$(BIN)/es-megatron demo

@@ -1,6 +1,7 @@
 """What a step costs: plain, ES and ESWP side by side in one run, against the limit that this model's passes set.
 
     python -m benchmarks.step [--json] [--micro-batches 16] [--pipeline 1 2] [--backend deepspeed]
+    python -m benchmarks.step --scorer fresh --pipeline 2 --micro-batches 4 8 16    # merged scoring, and the simulation
 
 The three arms train the same model in turn, one iteration each, so that whatever else the machine does falls on all of
 them. Each arm runs its whole planned length. Forward and backward alone are timed in between, for the calibrated limit.
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.step_fresh import FRESH_ARMS, conclude_fresh, print_fresh
 from benchmarks.step_sizes import MICRO_BATCH, VOCAB
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
@@ -62,7 +64,11 @@ def main() -> None:
     """Start one worker per layout, and print what they measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--micro-batches", type=int, default=16, help="micro-batches of a plain iteration")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[16], help="micro-batches of a plain iteration")
+    parser.add_argument(
+        "--scorer", choices=("paper", "fresh"), default="paper", help="fresh: score-then-train beside merged scoring"
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few iterations, to see that it runs")
     parser.add_argument("--iterations", type=int, default=24, help="iterations of the plain run, at three passes")
     parser.add_argument("--pipeline", type=int, nargs="+", default=[1, 2], help="pipeline sizes to measure")
     parser.add_argument("--hidden-size", type=int, default=128)
@@ -70,14 +76,24 @@ def main() -> None:
     parser.add_argument("--backend", choices=("megatron", "deepspeed"), default="megatron")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.iterations, arguments.hidden_size, arguments.seq_length = 6, 32, 32
+    counts: list[int] = arguments.micro_batches
     if arguments.worker:
+        arguments.micro_batches = counts[0]
         work(arguments)
         return
-    measured = {f"pipeline_{size}": launch(arguments, size) for size in arguments.pipeline}
+    measured: dict[str, dict[str, Any]] = {}
+    for size in arguments.pipeline:
+        for count in counts:
+            arguments.micro_batches = count
+            measured[f"pipeline_{size}" + (f", m = {count}" if len(counts) > 1 else "")] = launch(arguments, size)
     if arguments.json:
-        print(json.dumps({"micro_batches": arguments.micro_batches, "device": device(), **measured}, indent=2))
+        print(json.dumps({"micro_batches": counts, "device": device(), **measured}, indent=2))
+    elif arguments.scorer == "fresh":
+        print_fresh(measured, device())
     else:
-        print_table(arguments.micro_batches, measured)
+        print_table(counts, measured)
 
 
 def device() -> str:
@@ -91,7 +107,7 @@ def launch(arguments: argparse.Namespace, pipeline: int) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(pipeline)]
         command += ["-m", "benchmarks.step", "--worker", str(result), "--pipeline", str(pipeline)]
-        for name in ("micro_batches", "iterations", "hidden_size", "seq_length", "backend"):
+        for name in ("micro_batches", "iterations", "hidden_size", "seq_length", "backend", "scorer"):
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -110,14 +126,15 @@ def work(arguments: argparse.Namespace) -> None:
         from benchmarks.step_megatron import MegatronBench as Bench
 
     blend = manifest(arguments)
-    bench: Any = Bench(arguments, ARMS, blend, RandomRows(arguments.seq_length, blend.total))
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    arms = FRESH_ARMS if arguments.scorer == "fresh" else ARMS
+    bench: Any = Bench(arguments, arms, blend, RandomRows(arguments.seq_length, blend.total))
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     layouts = [bench.calibrate()]
-    for name in ARMS:
+    for name in arms:
         bench.warm_up(name)
     turn = 0
-    while any(not bench.done(name) for name in ARMS):
-        for name in ARMS:
+    while any(not bench.done(name) for name in arms):
+        for name in arms:
             if not bench.done(name):
                 begin = time.perf_counter()
                 parts = bench.step(name)
@@ -126,7 +143,8 @@ def work(arguments: argparse.Namespace) -> None:
         if turn % 6 == 0:
             layouts.append(bench.calibrate())
     if bench.rank == 0:
-        arguments.worker.write_text(json.dumps(conclude(bench, seconds, layouts)))
+        judge = conclude_fresh if arguments.scorer == "fresh" else conclude
+        arguments.worker.write_text(json.dumps(judge(bench, seconds, layouts)))
     bench.close()
 
 
@@ -174,9 +192,11 @@ def conclude(bench: Any, seconds: dict[str, list[dict[str, float]]], layouts: li
     return result
 
 
-def print_table(micro_batches: int, measured: dict[str, dict[str, Any]]) -> None:
+def print_table(micro_batches: list[int], measured: dict[str, dict[str, Any]]) -> None:
     """One row per layout and arm."""
-    print(f"{micro_batches} micro-batches of {MICRO_BATCH}, {PASSES} passes, measured on {device()}")
+    print(
+        f"{', '.join(map(str, micro_batches))} micro-batches of {MICRO_BATCH}, {PASSES} passes, measured on {device()}"
+    )
     print("layout       arm   measured  calibrated limit  nominal limit  ratio  ES outside passes  backward:forward")
     for layout, result in measured.items():
         for arm in ("es", "eswp"):

@@ -24,7 +24,7 @@ from megatron.core.transformer.moe import moe_utils  # isort: skip
 
 from es_megatron.frameworks.megatron_core import MegatronCoreSampling, attach
 from es_megatron.trainer import model as model_module
-from es_megatron.trainer.model import build_model, forward_step, reads_data, transformer_config
+from es_megatron.trainer.model import build_model, forward_step, reads_data
 from es_megatron.trainer.optimizer import build_optimizer, step, zero_gradients
 from es_megatron.trainer.settings import PretrainSettings
 
@@ -70,7 +70,7 @@ def per_token_loss(mask_BT: Tensor | None, losses_BT: Tensor) -> tuple[Tensor, T
 
 def change_model(**changes: Any) -> None:
     """Change Megatron's `TransformerConfig` of the models this process builds from now on (in a forked rank only)."""
-    original = transformer_config
+    original = model_module.transformer_config
     swap(model_module, "transformer_config", lambda settings: replaced(original(settings), **changes))
 
 

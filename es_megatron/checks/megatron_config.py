@@ -69,6 +69,8 @@ def refusals(run: ExistingRun, rows: Sequence[Refusal], config: EvolvedSamplingC
 
 def told_of(row: Refusal, config: EvolvedSamplingConfig) -> str:
     """Which setting of Evolved Sampling makes a row hold, where not all of them do."""
+    if row.extent == "merged":
+        return " (`scorer.overlap: merged` scores in the training pass)"
     return f" (`scorer: {config.scorer.kind}` makes a scoring pass)" if row.extent == "scoring" else ""
 
 

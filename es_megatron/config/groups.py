@@ -15,6 +15,7 @@ Granularity = Literal["sample", "microbatch"]
 Correction = Literal["paper", "debiased"]
 Mixture = Literal["kept", "free"]
 Precision = Literal["float32", "float16"]
+Overlap = Literal["none", "merged"]
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,19 @@ class ScorerSettings:
     """What a scoring pass over a whole sequence costs in forward passes, where training on it costs 3, above 0; as
     measured, that is 3 * scoring / (forward + backward) seconds. Budget and guard count with it. None: 1."""
 
+    overlap: Overlap = "none"
+    """`none`: score, then train. `merged`: the next meta-batch is scored in the same pass over the pipeline that trains
+    this one, where stages would be idle, so that scores are those of the weights one step before
+    (docs/merged-scoring.md). For `fresh` and `prefix`."""
+
     def __post_init__(self) -> None:
         """Check every field."""
         check_fields(self, "scorer.")
+        if self.overlap == "merged" and self.kind not in ("fresh", "prefix"):
+            raise ConfigError(
+                f"`scorer.overlap` must be `none` with `scorer: {self.kind}`, which does not score every meta-batch, "
+                "but is `merged` instead. Leave it out, or use `fresh` or `prefix`."
+            )
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,11 @@ class Chooser:
         self.plan, self.grid, self.micro_batch = plan, grid, micro_batch
         self.config, self.arm = config, arm_of(config)
         self.policy = POLICIES.make(selection.policy, config.policy_options)
+        if self.needs_norm and scorer_of(config).merges:
+            raise ConfigError(
+                f"`scorer.overlap` must be `none` with policy `{selection.policy}`, whose bounds of gradient norms "
+                "come from a pass of their own, but is `merged` instead. Leave it out, or choose another `policy`."
+            )
         if self.needs_norm and not scorer_of(config).bounds_norms:
             raise ConfigError(
                 f"`scorer` must be `fresh` or `prefix` with policy `{selection.policy}`, but is `{config.scorer.kind}` "

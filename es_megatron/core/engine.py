@@ -24,6 +24,7 @@ from es_megatron.checkpoint.es_state import EsStateWriter, SaveReport, ScoreRang
 from es_megatron.checkpoint.reference_losses import REFERENCE, bind_reference
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.core.ahead import ScoringAhead
 from es_megatron.core.bad_losses import check_losses, mean_of_finite
 from es_megatron.core.choosing import Choice, Chooser, Known
 from es_megatron.core.open_epochs import UNVISITED, OpenEpochs
@@ -102,6 +103,7 @@ class EvolvedSampling:
         """Positions of the meta-batch that this rank loads."""
         self.iteration = origin.iteration
         self.epochs = OpenEpochs(self.plan, self.store, self.sampler)
+        self.ahead = ScoringAhead(self.plan, self.sampler, self.own)
         self.rate_factor = 1.0
         """What the learning rate of this iteration is multiplied by; 1 but for pruners that correct it."""
         self.last: StepRecord | None = None
@@ -149,15 +151,19 @@ class EvolvedSampling:
         """
         selecting = self.plan.selects_at(self.iteration)
         scoring = selecting and self.scorer.scores_at(self.iteration) and not self.chooser.fell
-        own, norm = self._score(framework) if scoring else (None, None)
+        early = self.ahead.of(batch) if scoring else None
+        own, norm = self._score(framework) if scoring and early is None else (early, None)
         found, loss = self._look_up(batch, own)
         weight = self._evolve(batch, self._everything, found, loss) if scoring else None
         choice = self._choose(batch, found, loss, weight, norm) if selecting else Choice(self._everything, None)
         learning = self.scorer.learns and not scoring
-        result, trained = self._train(framework, self._rescaled(choice, batch, found), capture=learning)
+        following = None if self.chooser.fell else self.ahead.due(self.iteration)
+        choice = self._rescaled(choice, batch, found)
+        result, trained = self._train(framework, choice, capture=learning, ahead=following)
         if learning:
             self._evolve(batch, choice.positions, found, trained)
-        self._record(batch, choice.positions, loss if scoring else trained, selecting=selecting, scored=scoring)
+        passes = int(scoring and early is None) + int(following is not None)
+        self._record(batch, choice.positions, loss if scoring else trained, passes, selecting=selecting, known=scoring)
         return result
 
     def finish(self, succeeded: bool) -> None:
@@ -168,6 +174,7 @@ class EvolvedSampling:
         else:
             self.store.discard()
             self.chooser.discard()
+        self.ahead.advance()
         self.iteration += 1
         self.epochs.forget(self.iteration)
         if self.iteration % COPY_CHECK_INTERVAL == 0:
@@ -219,7 +226,10 @@ class EvolvedSampling:
         return {name: value for name, value in saved.state.items() if name != "engine"}
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and terms of the run, JSON-able; scores and masks are arrays of their own."""
+        """Position and terms of the run, JSON-able; scores and masks are arrays of their own.
+
+        Collective where meta-batches are scored early.
+        """
         schedule = self.plan.schedule
         return {
             "iteration": self.iteration,
@@ -228,6 +238,7 @@ class EvolvedSampling:
             "stood_for": schedule.stood_for(self.iteration),
             **self.epochs.to_json(),
             "chooser": self.chooser.state,
+            **self.ahead.to_json(self.grid),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], masks: Mapping[tuple[int, int], KeptMask]) -> None:
@@ -237,7 +248,7 @@ class EvolvedSampling:
             CheckpointError: unknown or missing keys, or terms that decide the data order and differ.
         """
         expected = {"iteration", "terms", "origin", "stood_for", "decided", "rescaled", "chooser"}
-        if set(state) != expected:
+        if set(state) - {"ahead"} != expected:
             raise CheckpointError(
                 f"The state must have the keys {sorted(expected)}, but has {sorted(state)} instead. "
                 "Load it with the version of es_megatron that wrote it."
@@ -251,6 +262,7 @@ class EvolvedSampling:
         self.iteration = int(state["iteration"])
         self.epochs.load(dict(masks), state["decided"], state["rescaled"])
         self.chooser.load(state["chooser"])
+        self.ahead.load(state.get("ahead"))
 
     def follow(self, state: Mapping[str, Any]) -> None:
         """Take over from a run over another blend what is about its components: the mixture, and what they are owed."""
@@ -333,12 +345,16 @@ class EvolvedSampling:
         own = 1.0 if choice.weights is None else choice.weights
         return Choice(choice.positions, own * weights[choice.positions])
 
-    def _train(self, framework: Framework, choice: Choice, *, capture: bool) -> tuple[Any, Float32]:
+    def _train(
+        self, framework: Framework, choice: Choice, *, capture: bool, ahead: MetaBatch | None
+    ) -> tuple[Any, Float32]:
         """Train on the chosen, and share the losses if they are captured: nan where nothing is known."""
         positions = assign(choice.positions, self._owners, self.grid.dp_size)[self.grid.dp_rank]
         own = None if choice.weights is None else choice.weights[np.searchsorted(choice.positions, positions)]
         with self._timed("train"):
-            trained = framework.train(Work(positions, own, capture))
+            trained = framework.train(Work(positions, own, capture, ahead))
+            if ahead is not None:
+                self.ahead.stage(ahead, self._spread(framework, self.own, trained.ahead))
             if not capture:
                 return trained.result, np.full(self.meta_batch, np.nan, np.float32)
             spread = self._spread(framework, positions, trained.losses)
@@ -355,17 +371,20 @@ class EvolvedSampling:
         spread[positions] = self.grid.broadcast_over_mp(own, framework.loss_source)
         return spread
 
-    def _record(self, batch: MetaBatch, positions: Int64, loss: Float32, *, selecting: bool, scored: bool) -> None:
+    def _record(
+        self, batch: MetaBatch, positions: Int64, loss: Float32, passes: int, *, selecting: bool, known: bool
+    ) -> None:
+        """Note the step; `known` says whether losses are of the whole meta-batch."""
         chosen = loss[positions]
         self.last = StepRecord(
             iteration=self.iteration,
             evolving=selecting,
-            scored=self.meta_batch if scored else 0,
+            scored=self.meta_batch * passes,
             chosen=batch.id[positions],
             components=batch.component[positions],
             meta_loss=float(loss.mean(dtype=np.float64)) if np.isfinite(loss).all() else float("nan"),
             chosen_loss=mean_of_finite(chosen),
-            bad=int(np.count_nonzero(~np.isfinite(loss if scored else chosen))) if self.scorer.learns else 0,
+            bad=int(np.count_nonzero(~np.isfinite(loss if known else chosen))) if self.scorer.learns else 0,
             seconds=dict(self._seconds),
             drawn=batch.component,
             skipped_loss=mean_of_finite(np.delete(loss, positions)),

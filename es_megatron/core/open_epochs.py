@@ -13,7 +13,7 @@ from es_megatron.core.epoch_pruning import EpochPruning, StandIn
 from es_megatron.core.plan import Plan
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
-from es_megatron.errors import CheckpointError
+from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.scores.store import Lookup, ScoreStore
 
 Float32 = npt.NDArray[np.float32]
@@ -56,8 +56,15 @@ class OpenEpochs:
 
     def read_ahead(self, batches: int) -> int:
         """Say how many meta-batches the data loader reads ahead; returns how far ahead masks are decided then."""
-        self._read_ahead = batches
-        self.lag = self.plan.config.order.mask_lag or max(1, batches)
+        # a meta-batch that is scored one step early is drawn one step early
+        self._read_ahead = batches + self.plan.scorer.merges
+        self.lag = self.plan.config.order.mask_lag or max(1, self._read_ahead)
+        if self.lag < self._read_ahead:
+            raise ConfigError(
+                f"`order.mask_lag` must be >= {self._read_ahead} (loader workers times prefetch"
+                f"{', and one meta-batch that is scored early' * self.plan.scorer.merges}), but is {self.lag} instead. "
+                "Raise it, or use fewer workers."
+            )
         return self.lag
 
     @property

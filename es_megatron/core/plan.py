@@ -1,7 +1,8 @@
 """What a run will do and cost, before its first iteration: iterations, passes, tokens, predicted saving.
 
 Costs count sequences in forward units: a forward is 1, a backward is 2, so training on a sequence costs 3 and scoring
-one costs 1. A layout with pipeline stages pays its ramps on top, per pass (1F1B: (p-1)/v micro-batches of idle time).
+one costs 1. A layout with pipeline stages pays its ramps on top, per pass, as an event simulation of the schedule has
+them (`core.simulation`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from es_megatron.config import EvolvedSamplingConfig, SelectionSettings
+from es_megatron.core.simulation import Order, Times, best_order, duration, forward_duration
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.schedule import Origin, Schedule
 from es_megatron.errors import ConfigError, LayoutError
@@ -238,22 +240,44 @@ class Layout:
     backward: float = 2.0
     scoring_forward: float = 1.0
     """Forward of one scoring micro-batch."""
+    exchange: float = 0.0
+    """Sending one micro-batch's activations, or their gradients, from a stage to the next."""
+
+    @property
+    def times(self) -> Times:
+        """Of passes through one stage."""
+        return Times(self.forward, self.backward, self.scoring_forward, self.exchange)
 
     def pass_time(self, micro_batches: int, unit: float) -> float:
-        """1F1B: the micro-batches and the two half ramps."""
+        """1F1B by arithmetic: the micro-batches and the two half ramps."""
         return (micro_batches + (self.pipeline - 1) / self.virtual) * unit
 
     def whole(self) -> float:
         """Time of a plain iteration."""
-        return self.pass_time(self.micro_batches, self.forward + self.backward)
+        return self.training(1.0)
 
     def scoring(self) -> float:
         """Time of a scoring pass."""
-        return self.pass_time(self.scoring_micro_batches, self.scoring_forward)
+        return forward_duration(self.pipeline, self.virtual, self.scoring_micro_batches, self.times)
 
     def training(self, share: float) -> float:
         """Time of a training pass over a share of the meta-batch."""
-        return self.pass_time(round(share * self.micro_batches), self.forward + self.backward)
+        order = Order(0, round(share * self.micro_batches), 0)
+        return duration(self.pipeline, self.virtual, order, self.times)
+
+    def merged_order(self, share: float, scored_share: float = 1.0) -> Order:
+        """The best order of a pass that trains a share of a meta-batch and scores the next one.
+
+        Args:
+            share: of the meta-batch that is trained.
+            scored_share: of a sequence's tokens that are scored.
+        """
+        score = round(scored_share * self.scoring_micro_batches)
+        return best_order(self.pipeline, self.virtual, round(share * self.micro_batches), score, self.times)
+
+    def merged(self, share: float, scored_share: float = 1.0) -> float:
+        """Time of that pass."""
+        return duration(self.pipeline, self.virtual, self.merged_order(share, scored_share), self.times)
 
 
 class Prediction(NamedTuple):
@@ -272,11 +296,16 @@ class Prediction(NamedTuple):
 
 def predict(plan: Plan, layout: Layout) -> Prediction:
     """Time of the plain run and of this one on a layout."""
-    whole, training = layout.whole(), layout.training(plan.kept / plan.meta_batch)
+    share = plan.kept / plan.meta_batch
+    whole, training = layout.whole(), layout.training(share)
     evolving, scored = plan.evolving_iterations, plan.scored_iterations
     scoring = layout.scoring() * plan.scored_share
     run = (plan.schedule.iterations - evolving) * whole + evolving * training + scored * scoring
     step = training + (scored / evolving if evolving else 0.0) * scoring
+    if plan.scorer.merges and evolving:
+        # the first selecting iteration makes a pass of its own, the last one scores nothing
+        step = layout.merged(share, plan.scored_share)
+        run += (evolving - 1) * (step - training - scoring)
     return Prediction(plan.plain_iterations * whole, run, 1.0 - step / whole if evolving else 0.0)
 
 
@@ -302,6 +331,8 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
         "tokens trained": f"{plan.sequences_trained * tokens:.2f} M (plain: {plain:.2f} M)",
         "predicted saving": f"{limit.saving:.1%} nominal (backward = 2 forward), {limit.selecting:.1%} while selecting",
     }
+    if plan.scorer.merges and plan.evolving_iterations:
+        rows["scored early"] = _merged_words(plan, layout)
     if calibrated:
         measured = f"backward = {layout.backward / layout.forward:.2f} forward on this machine"
         rows[""] = f"{predicted.saving:.1%} calibrated ({measured}), {predicted.selecting:.1%} while selecting"
@@ -322,6 +353,17 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
             "save. Lower `keep_ratio`, use more micro-batches per rank, or the `history` scorer."
         )
     return "\n".join(lines)
+
+
+def _merged_words(plan: Plan, layout: Layout) -> str:
+    """What merged scoring does on a layout."""
+    if layout.pipeline == 1:
+        return "in the training pass; without pipeline stages nothing is idle, so that this saves nothing"
+    order = layout.merged_order(plan.kept / plan.meta_batch, plan.scored_share)
+    return (
+        f"{order.before} micro-batches of the next meta-batch before the {order.train} that are trained, {order.after} "
+        "after them, in one pass"
+    )
 
 
 def check_micro_batches(plan: Plan, per_micro_batch: int, pipeline: int, virtual: int) -> None:

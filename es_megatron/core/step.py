@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from es_megatron.data.sampler import MetaBatch
+
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -21,6 +23,8 @@ class Work(NamedTuple):
     """What each of their losses is multiplied by; None for 1."""
     capture: bool
     """Whether the training forward has to report the loss of each sequence."""
+    ahead: MetaBatch | None = None
+    """The next meta-batch, where this rank's share of it is to be scored in the same pass."""
 
 
 class Trained(NamedTuple):
@@ -30,6 +34,8 @@ class Trained(NamedTuple):
     """What the framework's own call returned."""
     losses: Float32 | None
     """float32 like `Work.positions` where this rank computed them, None on other pipeline stages or without capture."""
+    ahead: Float32 | None = None
+    """The same of `Work.ahead`: losses of this rank's positions in it."""
 
 
 class Framework(Protocol):

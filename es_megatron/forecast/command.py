@@ -13,6 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, shares of 1")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="print what scoring saves over pipeline sizes and micro-batches instead, whatever the run (--pipeline, "
+        "--virtual, --recompute, --backward-over-forward and --es-selection-keep-ratio count)",
+    )
     run = parser.add_argument_group("the run", "From a settings file, whose values the flags win over, or flags alone.")
     run.add_argument("--config", metavar="FILE", help="YAML settings of `es-megatron pretrain`")
     run.add_argument("--samples", type=_count, metavar="N", help="samples of the data, if the blend is not there")
@@ -56,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Print the forecast; returns 0."""
+    if arguments.sweep:
+        from es_megatron.forecast.sweep import run_sweep
+
+        text, found_cells = run_sweep(arguments)
+        print(json.dumps(found_cells, indent=1) if arguments.json else text)
+        return 0
     request = read_request(arguments)
     from es_megatron.forecast.forecast import forecast
     from es_megatron.forecast.text import document, told

@@ -6,8 +6,10 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from es_megatron.core.merged import check_merged
 from es_megatron.core.plan import Layout, Plan, Prediction, check_micro_batches, nearest, plan_run, predict
 from es_megatron.data.mask import mask_bytes
+from es_megatron.forecast.collectives import Collective, collectives_of
 from es_megatron.forecast.request import Request
 from es_megatron.scoring.arms import prunes
 
@@ -106,6 +108,8 @@ class Forecast:
     lr_factor: float
     """sqrt(b/B)."""
     duration: Duration | None
+    collectives: tuple[Collective, ...]
+    """Of a selecting iteration."""
 
 
 def forecast(request: Request) -> Forecast:
@@ -119,21 +123,24 @@ def forecast(request: Request) -> Forecast:
     draws = training.draws(manifest.total)
     plan = plan_run(config, manifest, sizes.meta_batch, sizes.quantum, draws, request.origin)
     check_micro_batches(plan, sizes.micro_batch * sizes.data_parallel, sizes.pipeline, sizes.virtual)
+    check_merged(config, manifest.seq_length, sizes.own, sizes.micro_batch, sizes.multiple)
     scoring = config.scorer.micro_batch_size
     if scoring is not None and scoring not in sizes.scoring_sizes:
         refuse_scoring_size(request)
     layout, source = layout_of(request)
-    prediction = predict(plan, layout)
+    prediction, footprint = predict(plan, layout), footprint_of(plan, request)
+    copy = request.world_size // sizes.data_parallel
     return Forecast(
         plan=plan,
         layout=layout,
         calibrated=request.speed.backward_over_forward is not None,
         prediction=prediction,
         split=split_of(plan, layout, prediction),
-        footprint=footprint_of(plan, request),
+        footprint=footprint,
         break_even=break_even_of(plan, layout, prediction, sizes.quantum),
         lr_factor=math.sqrt(plan.kept / plan.meta_batch),
         duration=None if source is None else duration_of(plan, layout, prediction, source),
+        collectives=collectives_of(plan, footprint.exchange_bytes, sizes.data_parallel, copy),
     )
 
 
@@ -173,9 +180,12 @@ def split_of(plan: Plan, layout: Layout, prediction: Prediction) -> TimeSplit:
     whole = plan.schedule.iterations - selecting
     training = whole * layout.whole() + selecting * layout.training(plan.kept / plan.meta_batch)
     training_ramps = plan.schedule.iterations * layout.pass_time(0, layout.forward + layout.backward)
-    scoring = prediction.run - training
-    scoring_ramps = scoring * layout.pass_time(0, 1.0) / layout.pass_time(layout.scoring_micro_batches, 1.0)
-    parts = (scoring - scoring_ramps, training - training_ramps, scoring_ramps, training_ramps)
+    scoring = plan.scored_iterations * plan.scored_share * layout.scoring_micro_batches * layout.scoring_forward
+    scoring_ramps = prediction.run - training - scoring
+    work = training - training_ramps
+    if plan.scorer.merges:  # scoring fills the ramps of training
+        training_ramps, scoring_ramps = training_ramps + scoring_ramps, 0.0
+    parts = (scoring, work, scoring_ramps, training_ramps)
     return TimeSplit(*(part / prediction.plain for part in parts))
 
 

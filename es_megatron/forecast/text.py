@@ -8,6 +8,8 @@ from typing import Any
 
 from es_megatron.core.metrics import plan_facts
 from es_megatron.core.plan import describe
+from es_megatron.core.simulation import Order, peak_activations
+from es_megatron.forecast.collectives import ALPHA, BETA
 from es_megatron.forecast.expected import expected_loss
 from es_megatron.forecast.forecast import BreakEven, Duration, Forecast
 from es_megatron.forecast.request import Request
@@ -44,6 +46,7 @@ def document(request: Request, found: Forecast) -> dict[str, Any]:
         "break_even": dataclasses.asdict(found.break_even),
         "lr_factor": found.lr_factor,
         "lr": None if request.lr is None else request.lr * found.lr_factor,
+        "collectives": [{**dataclasses.asdict(each), "seconds": each.seconds} for each in found.collectives],
         "duration": None if duration is None else dataclasses.asdict(duration),
         "warnings": [line.strip().removeprefix(f"{WARNING}: ") for line in lines if WARNING in line],
         "notes": list(request.notes),
@@ -62,6 +65,8 @@ def _rows(request: Request, found: Forecast) -> Iterator[tuple[str, str]]:
     scored, ramps = f"{split.scoring:.1%} scoring", f"{split.scoring_ramps:.1%} + {split.training_ramps:.1%}"
     idle = f", {ramps} ramps of the pipeline (scoring + training)" if sizes.pipeline > 1 else ""
     yield "time", f"{scored}, {split.training:.1%} training{idle}, {split.saved:.1%} saved; of the plain run's time"
+    if sizes.pipeline > 1 and found.plan.evolving_iterations and arm_of(config).scores:
+        yield "pipeline", _pipeline(found)
     if found.duration is not None:
         yield from _seconds(found.duration)
     if arm_of(config).scores:
@@ -76,10 +81,35 @@ def _rows(request: Request, found: Forecast) -> Iterator[tuple[str, str]]:
         yield "memory of a node", f"{bytes_of(size.node_bytes)} ({ranks} ranks)"
         each = f"{size.exchange_bytes / sizes.meta_batch:.3g} B a sequence of the meta-batch"
         yield "exchange", f"{bytes_of(size.exchange_bytes)} a step ({each})"
+    if found.collectives and request.world_size > 1:
+        yield "collectives", _collectives(found)
     if found.break_even.price:
         yield from _break_even(found, found.break_even)
     if found.plan.kept < found.plan.meta_batch:
         yield "learning rate", _rate(request, found)
+
+
+def _pipeline(found: Forecast) -> str:
+    """What scoring by a pass of its own, scoring in the training pass, and not scoring would save here."""
+    layout, share = found.layout, found.plan.kept / found.plan.meta_batch
+    whole, training = layout.whole(), layout.training(share)
+    layout = dataclasses.replace(layout, scoring_micro_batches=layout.micro_batches, scoring_forward=layout.forward)
+    order = layout.merged_order(share)
+    held = [
+        peak_activations(layout.pipeline, layout.virtual, each) for each in (Order(0, layout.micro_batches, 0), order)
+    ]
+    return (
+        f"while selecting, fresh scores save {1 - (found.layout.scoring() + training) / whole:.1%} by a pass of their "
+        f"own, {1 - layout.merged(share) / whole:.1%} merged (x = {order.after}), history {1 - training / whole:.1%}; "
+        f"activations of {held[0]:g} micro-batches plain, {held[1]:g} merged"
+    )
+
+
+def _collectives(found: Forecast) -> str:
+    each = ", ".join(f"{one.name} {bytes_of(one.bytes)} over {one.ranks}" for one in found.collectives)
+    seconds = sum(one.seconds for one in found.collectives)
+    constants = f"assumed: {1e6 * ALPHA:g} us a message, {8e-9 / BETA:g} Gbit/s"
+    return f"{len(found.collectives)} while selecting, {1e3 * seconds:.3g} ms ({constants}): {each}"
 
 
 def _seconds(duration: Duration) -> Iterator[tuple[str, str]]:

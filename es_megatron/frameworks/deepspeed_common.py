@@ -37,6 +37,7 @@ from es_megatron.frameworks.rate import scaled_steps
 from es_megatron.rank_grid import RankGrid
 from es_megatron.refusals.deepspeed import DEEPSPEED, block_is_on
 from es_megatron.refusals.table import refuse
+from es_megatron.scoring import scorer_of
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -103,10 +104,31 @@ def check_engine(engine: Any, config: EvolvedSamplingConfig) -> None:
             "takes a step of its own at the start, which shifts Adam's bias correction. Use stage 1."
         )
 
+    check_merging(engine, config)
+
     def feature(name: str) -> Any:
         return FEATURES[name](engine) if name in FEATURES else block_is_on(engine._config._param_dict, name)
 
     refuse(DEEPSPEED, feature, config)
+
+
+def check_merging(engine: Any, config: EvolvedSamplingConfig) -> None:
+    """Refuse a merged scorer where this engine cannot merge.
+
+    Raises:
+        ConfigError: it has no pipeline, or cannot score the beginnings of sequences so.
+    """
+    scorer = scorer_of(config)
+    if scorer.merges and not hasattr(engine, "_train_schedule"):
+        raise ConfigError(
+            "`scorer.overlap` must be `none` without a `PipelineEngine` of DeepSpeed 0.19 or later, but is `merged` "
+            "instead: without pipeline stages nothing is idle. Leave it out."
+        )
+    if scorer.merges and (scorer.shortens or config.scorer.micro_batch_size is not None):
+        raise ConfigError(
+            "`scorer.overlap` must be `none` with `scorer: prefix` or `scorer.micro_batch_size` on DeepSpeed's "
+            "pipeline, whose stages exchange micro-batches of one shape, but is `merged` instead. Leave one out."
+        )
 
 
 def optimizer_name(engine: Any) -> str:

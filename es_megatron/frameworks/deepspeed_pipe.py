@@ -26,8 +26,10 @@ from es_megatron.checkpoint.agreement import agreed
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.simulation import Times, best_order
 from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
+from es_megatron.data.sampler import MetaBatch
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.deepspeed_common import (
     DeepSpeedSampling,
@@ -40,6 +42,7 @@ from es_megatron.frameworks.deepspeed_common import (
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import norm_bounds, square_sums
+from es_megatron.frameworks.merged_pipe import merged_schedule
 from es_megatron.frameworks.scoring import join, scored_part, sequence_losses, traceless
 
 Batch = dict[str, Tensor]
@@ -88,12 +91,35 @@ class PipeSampling(DeepSpeedSampling):
 
     @override
     def train(self, work: Work) -> Trained:
+        if work.ahead is not None:
+            return self._train_merged(work, work.ahead)
         size = self.engine.micro_batch
         count = len(work.positions) // size
         found: list[Tensor] = []
         with self._accumulating(count), self._loss(self._training_loss(work.weights, found)):
             mean = self.deepspeed.train_batch(self._packed(work.positions, size))
         return Trained(float(mean), join(found) if work.capture else None)
+
+    def _train_merged(self, work: Work, ahead: MetaBatch) -> Trained:
+        """The same, and forward passes over the next meta-batch, in one `train_batch`."""
+        size, own = self.engine.micro_batch, self.engine.own
+        count = len(work.positions) // size
+        order = best_order(self.deepspeed.num_stages, 1, count, len(own) // size, Times())
+        batches: list[Batch] = []
+        if self.feed is not None:
+            self.feed.fetch_ahead(ahead)
+            early = self.feed.micro_batches(own, size, ahead.iteration)
+            batches = [*early[: order.before], *self.feed.micro_batches(work.positions, size), *early[order.before :]]
+        found: list[Tensor] = []
+
+        def losses_of(outputs: Any, labels: Any) -> Tensor:
+            return sequence_losses(*self.token_losses(outputs, labels))
+
+        training_loss = self._training_loss(work.weights, [])
+        merged = merged_schedule(self.deepspeed, order, losses_of, found)
+        with self._accumulating(count), self._loss(training_loss), merged:
+            mean = self.deepspeed.train_batch(iter([self.pack(batch) for batch in batches]))
+        return Trained(float(mean), None, join(found))
 
     def train_batches(self, batches: list[Batch]) -> None:
         """Forward and backward without a step, for timing; the gradients are dropped."""

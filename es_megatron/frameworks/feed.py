@@ -68,18 +68,44 @@ class MetaBatchFeed:
         self._workers, self._prefetch = workers, prefetch
         self._loader: Iterator[Any] | None = None
         self._next = -1
-        self._held: dict[str, Tensor] = {}
-        self._batch: MetaBatch | None = None
+        self._held: dict[int, tuple[MetaBatch, dict[str, Tensor]]] = {}
+        self._iteration = -1
         self._slot: dict[int, int] = {int(position): slot for slot, position in enumerate(own)}
 
     def fetch(self, batch: MetaBatch) -> None:
         """Hold this rank's rows of a meta-batch; going anywhere but forward restarts the loader."""
-        if self._batch is not None and self._batch.iteration == batch.iteration:
+        self._iteration = batch.iteration
+        self._held = {at: held for at, held in self._held.items() if at == batch.iteration}
+        self._hold(batch)
+
+    def fetch_ahead(self, batch: MetaBatch) -> None:
+        """Hold this rank's rows of the meta-batch after that of `fetch` too."""
+        self._hold(batch)
+
+    def micro_batches(self, positions: Int64, size: int, iteration: int | None = None) -> list[dict[str, Tensor]]:
+        """Pack positions of a held meta-batch into micro-batches.
+
+        Args:
+            positions: int64[k * size]; positions of other ranks are read by id.
+            size: sequences in a micro-batch.
+            iteration: of the meta-batch; None: the one of `fetch`.
+
+        Returns:
+            k dicts of tensors `[size, T]`.
+        """
+        rows = self._gather(positions, self._iteration if iteration is None else iteration)
+        return [
+            {name: tensor[start : start + size] for name, tensor in rows.items()}
+            for start in range(0, len(positions), size)
+        ]
+
+    def _hold(self, batch: MetaBatch) -> None:
+        if batch.iteration in self._held:
             return
         if self._loader is None or self._next != batch.iteration:
             self._loader = self._start(batch.iteration)
-        self._held = self._read(self._loader, batch.iteration)
-        self._batch, self._next = batch, batch.iteration + 1
+        self._held[batch.iteration] = batch, self._read(self._loader, batch.iteration)
+        self._next = batch.iteration + 1
 
     def _read(self, loader: Iterator[Any], iteration: int) -> dict[str, Tensor]:
         """Take the next rows; workers that were killed are started again, and read the same."""
@@ -96,29 +122,14 @@ class MetaBatchFeed:
             "also under /dev/shm? Use fewer workers (`num_workers`), or 0, which reads in the training process."
         )
 
-    def micro_batches(self, positions: Int64, size: int) -> list[dict[str, Tensor]]:
-        """Pack positions of the held meta-batch into micro-batches.
-
-        Args:
-            positions: int64[k * size]; positions of other ranks are read by id.
-            size: sequences in a micro-batch.
-
-        Returns:
-            k dicts of tensors `[size, T]`.
-        """
-        rows = self._gather(positions)
-        return [
-            {name: tensor[start : start + size] for name, tensor in rows.items()}
-            for start in range(0, len(positions), size)
-        ]
-
-    def _gather(self, positions: Int64) -> dict[str, Tensor]:
-        if self._batch is None:
+    def _gather(self, positions: Int64, iteration: int) -> dict[str, Tensor]:
+        if iteration not in self._held:
             raise RuntimeError("`fetch` must be called before `micro_batches`.")
+        batch, rows = self._held[iteration]
         away = [position for position in positions.tolist() if position not in self._slot]
         if not away and len(positions) == len(self._own) and (positions == self._own).all():
-            return self._held
-        moved = collate([self._rows[int(self._batch.id[position])] for position in away]) if away else {}
+            return rows
+        moved = collate([self._rows[int(batch.id[position])] for position in away]) if away else {}
         order = {position: slot for slot, position in enumerate(away)}
         offset = len(self._own)
         index = torch.tensor(
@@ -126,7 +137,7 @@ class MetaBatchFeed:
         )
         return {
             name: (torch.cat([held, moved[name]]) if away else held).index_select(0, index)
-            for name, held in self._held.items()
+            for name, held in rows.items()
         }
 
     def _start(self, iteration: int) -> Iterator[Any]:

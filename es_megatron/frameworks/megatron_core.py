@@ -22,13 +22,16 @@ from torch import Tensor
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.merged import check_merged, merged_size
 from es_megatron.core.plan import check_micro_batches
 from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
+from es_megatron.data.sampler import MetaBatch
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
 from es_megatron.frameworks.handle import Handle
+from es_megatron.frameworks.merged_call import MergedCall, early_micro_batches, merged_order, warn_without_stages
 from es_megatron.frameworks.scoring import join, sequence_losses, shortened, traceless
 from es_megatron.rank_grid import RankGrid
 from es_megatron.refusals.model import MODEL
@@ -190,6 +193,8 @@ class ScheduleCall:
 
     def train(self, work: Work) -> Trained:
         """Forward and backward on the chosen sequences; see `Framework.train`."""
+        if work.ahead is not None:
+            return self._train_merged(work, work.ahead)
         found: list[Tensor] = []
         step = self._call["forward_step_func"]
         if work.capture or work.weights is not None:
@@ -198,6 +203,25 @@ class ScheduleCall:
         with parameters_gathered(self._chunks, self._scored):
             result = self._run(work.positions, size, forward_step_func=step)
         return Trained(result, join(found) if work.capture else None)
+
+    def _train_merged(self, work: Work, ahead: MetaBatch) -> Trained:
+        """The same, and forward passes over the next meta-batch, in one call of the schedule."""
+        engine, size = self._sampling.engine, self._call["micro_batch_size"]
+        rows = merged_size(engine.config, self._call["seq_length"], size)
+        order = merged_order(len(work.positions) // size, len(engine.own) // rows)
+        step, mask_of = self._call["forward_step_func"], self._sampling.loss_mask_of
+        train_step = step if work.weights is None else self._watching(step, work, [])
+        merged = MergedCall(self._chunks, order, train_step, step, mask_of, rows if rows != size else None)
+        packed = None
+        if self._sampling.feed is not None:
+            early = early_micro_batches(self._sampling.feed, ahead, engine.own, rows, self._scored_tokens)
+            packed = early[: order.before] + self._sampling.feed.micro_batches(work.positions, size)
+            packed += early[order.before :]
+        changes = {"num_microbatches": len(order.trains), "forward_step_func": merged.step}
+        with merged.watching(), parameters_gathered(self._chunks, self._scored):
+            found = self._schedule(**{**self._call, **changes, "data_iterator": self._each_chunk(packed)})
+        result, scored = merged.split(found)
+        return Trained(result, None, join(scored))
 
     def _watching(self, forward_step: Callable[..., Any], work: Work, found: list[Tensor]) -> Callable[..., Any]:
         """Wrap the forward step: note each sequence's loss, and weight it, before the user's own loss function."""
@@ -238,6 +262,10 @@ class ScheduleCall:
         packed = None if feed is None else feed.micro_batches(positions, size)
         if packed is not None and tokens is not None:
             packed = [shortened(batch, tokens) for batch in packed]
+        return self._each_chunk(packed)
+
+    def _each_chunk(self, packed: list[dict[str, Tensor]] | None) -> Any:
+        """An iterator over micro-batches for each model chunk, as the schedule was given them."""
         if not isinstance(self._call["data_iterator"], list) and len(self._chunks) == 1:
             return None if packed is None else iter(packed)
         return [None if packed is None else iter(packed) for _ in self._chunks]
@@ -321,6 +349,7 @@ def attach(  # noqa: PLR0913 - one call says all
     grid, source = rank_grid_of_parallel_state()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    multiple = pipeline if virtual > 1 else 1
     engine = EvolvedSampling(
         config,
         manifest,
@@ -328,11 +357,13 @@ def attach(  # noqa: PLR0913 - one call says all
         meta_batch=global_batch_size,
         micro_batch=micro_batch_size,
         train_samples=train_samples,
-        micro_batch_multiple=pipeline if virtual > 1 else 1,
+        micro_batch_multiple=multiple,
         warm_start=warm_start,
     )
     check_micro_batches(engine.plan, micro_batch_size * grid.dp_size, pipeline, virtual)
+    check_merged(config, manifest.seq_length, len(engine.own), micro_batch_size, multiple)
     check_scoring_size(config, len(engine.own), pipeline, virtual)
+    warn_without_stages(engine.scorer)
     lag, feed = engine.epochs.read_ahead(workers * prefetch), None
     if rows is not None and reads_data(model_config):
         feed = MetaBatchFeed(rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=lag)

@@ -51,6 +51,11 @@ def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
         )
     refuse_arguments(args, (*MEGATRON_LM, *MEGATRON_DEEPSPEED), config)
     check_pruner(config)
+    if scorer_of(config).merges:
+        raise ConfigError(
+            "`--es-scorer-overlap` must be none on Megatron-DeepSpeed, but is merged instead: it has not been tried. "
+            "Leave it out."
+        )
     if scorer_of(config).shortens or POLICIES.make(config.selection.policy, config.policy_options).needs_norm:
         raise ConfigError(
             "`--es-scorer prefix` and `--es-selection-policy grad-norm` have not been tried on Megatron-DeepSpeed. "

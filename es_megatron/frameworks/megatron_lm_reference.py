@@ -38,7 +38,7 @@ class RowFeed(MetaBatchFeed):
     """Rows by id: what a scoring pass takes for positions are ids."""
 
     @override
-    def micro_batches(self, positions: Int64, size: int) -> list[Any]:
+    def micro_batches(self, positions: Int64, size: int, iteration: int | None = None) -> list[Any]:
         """Read rows, int64[k * size], as k dicts of tensors `[size, T]`."""
         rows = [self._rows[int(row)] for row in positions]
         return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]

@@ -16,6 +16,7 @@ from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.refusals.megatron_lm import MEGATRON_LM
 from es_megatron.refusals.model import MODEL
 from es_megatron.refusals.table import Refusal, refuse
+from es_megatron.scoring import scorer_of
 
 
 class StartingPoint(NamedTuple):
@@ -37,6 +38,12 @@ def check_settings(args: Namespace, config: EvolvedSamplingConfig) -> None:
     """
     refuse_arguments(args, MEGATRON_LM, config)
     check_pruner(config)
+    scorer = scorer_of(config)
+    if scorer.merges and scorer.shortens:
+        raise ConfigError(
+            "`--es-scorer-overlap` must be none with `--es-scorer prefix` on Megatron-LM, whose ranks make room for "
+            "batches by one length for a whole pass, but is merged instead. Leave it out, or use `--es-scorer fresh`."
+        )
     if args.dataloader_type not in ("single", "cyclic"):
         raise ConfigError(
             f"`--dataloader-type` must be single or cyclic with Evolved Sampling, but is "

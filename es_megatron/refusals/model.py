@@ -94,6 +94,13 @@ def _graph_rows(name: str) -> list[Refusal]:
     ]
 
 
+# --- Losses of experts and of multi-token prediction, where scoring micro-batches stand in the training call.
+
+
+def _divided(name: str) -> Callable[[Setting], bool]:
+    return lambda setting: is_on(setting(name)) and not is_on(setting("calculate_per_token_loss"))
+
+
 MODEL: tuple[Refusal, ...] = (
     Refusal(
         "fp8_recipe",
@@ -153,6 +160,38 @@ MODEL: tuple[Refusal, ...] = (
         cure="use tensor or pipeline parallelism, with sequence parallelism for long sequences",
         must="1",
         applies=lambda setting: is_above_one(setting("context_parallel_size")),
+    ),
+    *(
+        Refusal(
+            name,
+            "the schedule would divide their losses by the micro-batches that score, too",
+            "merged",
+            "set `calculate_per_token_loss`",
+            must="off without `calculate_per_token_loss`",
+            applies=_divided(name),
+        )
+        for name in ("num_moe_experts", "num_experts", "mtp_num_layers")
+    ),
+    *(
+        Refusal(name, "the first micro-batch, which may score, makes the weights in this precision for all", "merged")
+        for name in ("fp8", "fp4")
+    ),
+    *(
+        Refusal(name, "its replay of micro-batches that train and that score has not been tried", "merged")
+        for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
+    ),
+    Refusal(
+        "context_parallel_size",
+        "ranks that share a sequence have not been tried with it",
+        "merged",
+        "use tensor parallelism",
+        must="1",
+        applies=lambda setting: is_above_one(setting("context_parallel_size")),
+    ),
+    Refusal("defer_embedding_wgrad_compute", "it keeps an input of every forward pass, scoring ones too", "merged"),
+    *(
+        Refusal(name, "it has not been tried with micro-batches without a backward pass", "merged")
+        for name in ("delay_wgrad_compute", "fine_grained_activation_offloading")
     ),
 )
 """Settings of a Megatron-Core model (`TransformerConfig`)."""

@@ -19,19 +19,22 @@ from es_megatron.scoring import arm_of, scorer_of
 Setting = Callable[[str], Any]
 """From a setting's name to its value, None where it is not given; numbers, texts, lists, or upstream's enumerations."""
 
-Extent = Literal["order", "selection", "scoring"]
+Extent = Literal["order", "selection", "scoring", "merged"]
 
 EXTENTS: Mapping[Extent, str] = {
     "order": "with Evolved Sampling",
     "selection": "where fewer sequences are trained",
     "scoring": "with a scoring pass (`fresh`, `prefix`, `every-k`)",
+    "merged": "with `scorer.overlap: merged`",
 }
-"""Runs that a row holds for: all whose data order is ours, those that select, those that make a scoring pass."""
+"""Runs that a row holds for: all whose data order is ours, those that select, those that make a scoring pass, those
+that make it in the pass that trains."""
 
 WAYS_OUT: Mapping[Extent, str] = {
     "order": "",
     "selection": ", or use `arm: plain`",
     "scoring": ", or use `scorer: history`, which makes no scoring pass",
+    "merged": ", or use `scorer.overlap: none`",
 }
 
 OFF = ("", "false", "none", "null", "no", "off", "~", "0")
@@ -122,6 +125,8 @@ def extents_of(config: EvolvedSamplingConfig) -> frozenset[Extent]:
         found.add("selection")
     if scorer_of(config).makes_passes:
         found.add("scoring")
+    if scorer_of(config).merges:
+        found.add("merged")
     return frozenset(found)
 
 

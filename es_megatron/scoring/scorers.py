@@ -24,6 +24,8 @@ class Scorer(ABC):
     """Whether every choice follows a pass of its own, which can bound gradient norms."""
     shortens = False
     """Whether its passes read fewer tokens than training does."""
+    merges = False
+    """Whether the next meta-batch is scored in the pass that trains this one."""
 
     @abstractmethod
     def scores_at(self, iteration: int) -> bool:
@@ -41,7 +43,9 @@ class Scorer(ABC):
 class FreshScorer(Scorer):
     """A forward pass over every meta-batch, as published (Algorithm 1)."""
 
-    bounds_norms = True
+    def __init__(self, *, merges: bool = False) -> None:
+        """Score by passes of its own, or in the passes that train, one step early."""
+        self.merges, self.bounds_norms = merges, not merges
 
     def scores_at(self, iteration: int) -> bool:
         """Always."""
@@ -57,8 +61,9 @@ class PrefixScorer(FreshScorer):
 
     shortens = True
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, *, merges: bool = False) -> None:
         """Read this share of the tokens, in (0, 1], rounded up to a multiple of 8."""
+        super().__init__(merges=merges)
         self._share = share
 
     def tokens(self, seq_length: int) -> int:
@@ -109,10 +114,10 @@ class NoScorer(HistoryScorer):
 
 
 SCORERS: Mapping[str, Callable[[EvolvedSamplingConfig], Scorer]] = {
-    "fresh": lambda config: FreshScorer(),
+    "fresh": lambda config: FreshScorer(merges=config.scorer.overlap == "merged"),
     "history": lambda config: HistoryScorer(),
     "every-k": lambda config: PeriodicScorer(config.scorer.every),
-    "prefix": lambda config: PrefixScorer(config.scorer.prefix_share),
+    "prefix": lambda config: PrefixScorer(config.scorer.prefix_share, merges=config.scorer.overlap == "merged"),
     "external": lambda config: ExternalScorer(),
 }
 

@@ -8,6 +8,7 @@ from tests import deepspeed_helper, small_run
 
 ZERO = {stage: f"deepspeed.zero_stage={stage}" for stage in range(4)}
 PIPELINE = "parallel.pipeline=2"
+MERGED = ("evolved_sampling.scorer.overlap=merged", "evolved_sampling.scorer.micro_batch_size=null")
 STOP = 13
 """In the middle of epoch 1 of the larger components, past the edge of a pruned epoch."""
 
@@ -105,6 +106,13 @@ def test_scorers_and_arms_equal_the_megatron_backend(variant, ranks, layout, ble
     assert_equal_runs(traces, reference(*variant))
 
 
+@pytest.mark.parametrize("ranks", [pytest.param(2, id="pp2"), pytest.param(4, id="pp2-dp2", marks=slow)])
+def test_merged_scoring_equals_the_megatron_backend(ranks, blend, reference, tmp_path):
+    """One pass over the pipeline trains and scores: choices, losses and norms are those of one rank of the other."""
+    traces = deepspeed_helper.run(ranks, blend, tmp_path, "backend=deepspeed", ZERO[1], PIPELINE, *MERGED)
+    assert_equal_runs(traces, reference(*MERGED))
+
+
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
@@ -113,6 +121,7 @@ def test_scorers_and_arms_equal_the_megatron_backend(variant, ranks, layout, ble
         pytest.param(2, [ZERO[2]], id="zero2", marks=slow),
         pytest.param(2, [ZERO[3]], id="zero3", marks=slow),
         pytest.param(2, [ZERO[2], "training.precision=bf16"], id="zero2-bf16", marks=slow),
+        pytest.param(2, [ZERO[1], PIPELINE, *MERGED], id="pp2-merged", marks=slow),
         pytest.param(4, [ZERO[1], PIPELINE], id="pp2-dp2", marks=slow),
     ],
 )

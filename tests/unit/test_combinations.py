@@ -40,6 +40,7 @@ Changes = dict[str, Any]
 SETTINGS: dict[str, Changes] = {
     **{f"selection.policy: {name}": {"selection.policy": name} for name in POLICIES.names()},
     **{f"scorer: {name}": {"scorer.kind": name} for name in SCORERS},
+    "scorer.overlap: merged": {"scorer.overlap": "merged"},
     "selection.mixture: kept": {"selection.mixture": "kept"},
     "selection.mixture: free": {"selection.mixture": "free"},
     "selection.granularity: microbatch": {"selection.granularity": "microbatch"},
@@ -70,7 +71,7 @@ def config_of(changes: Changes, folder: Path) -> EvolvedSamplingConfig:
     needed: Changes = {REFERENCE: str(folder / ("of-a-prefix" if prefix else "reference"))} if reference else {}
     if "external" in changes.values():
         needed["scores.initial"] = str(folder / "scores")
-    if changes.get("selection.policy") == "grad-norm" and "scorer.kind" not in changes:
+    if (changes.get("selection.policy") == "grad-norm" or "scorer.overlap" in changes) and "scorer.kind" not in changes:
         needed["scorer.kind"] = "fresh"
     given: Changes = {}
     for name, value in {**changes, **needed}.items():

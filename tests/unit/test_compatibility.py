@@ -113,6 +113,30 @@ def test_run_time_and_patch_agree(given: dict[str, Any], refused: tuple[str, ...
         assert str(raised.value).endswith(".")
 
 
+MERGED_CASES: list[tuple[dict[str, Any], bool]] = [
+    ({}, False),
+    ({"num_experts": 8}, True),
+    ({"num_moe_experts": 8, "calculate_per_token_loss": True}, False),
+    ({"mtp_num_layers": 1}, True),
+    ({"mtp_num_layers": 1, "calculate_per_token_loss": True}, False),
+    ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, True),
+    ({"cuda_graph_impl": "transformer_engine"}, True),
+    ({"defer_embedding_wgrad_compute": True}, True),
+    ({"delay_wgrad_compute": True}, True),
+]
+
+
+@pytest.mark.parametrize(("given", "refused"), MERGED_CASES, ids=str)
+def test_a_merged_scorer_is_held_by_rows_of_its_own(given: dict[str, Any], refused: bool) -> None:
+    for overlap in ("none", "merged"):
+        config = es_config(scorer="fresh").replaced({"scorer.overlap": overlap})
+        run = ExistingRun("script", {name: as_text(value) for name, value in given.items()})
+        told = [finding for finding in check(run, config) if finding.severity == "REFUSE"]
+        found = list(find(MODEL, given.get, config))
+        assert bool(told) is bool(found) is (refused and overlap == "merged")
+        assert all("overlap: none" in row.error(given.get, row.name).args[0] for row in found)
+
+
 def test_upstreams_enumerations_are_read() -> None:
     given = {"enable_cuda_graph": True, "cuda_graph_scope": [Scope.full_iteration, Scope.attn]}
     assert [row.name for row in find(MODEL, given.get, settings_of("history"))] == ["enable_cuda_graph"]
@@ -152,12 +176,13 @@ these runs:
 - **all**: whatever arm and scorer, since the row is about the order of the data or the shape of the run;
 - **selecting**: arms that train on fewer sequences than the meta-batch has (all but `plain` and `shortened`);
 - **scoring**: arms with scores whose scorer makes a pass of its own: `fresh`, `prefix`, `every-k`. So not `history`
-  (the default), not `external`, and not the arm `uniform`.
+  (the default), not `external`, and not the arm `uniform`;
+- **merged**: those with `scorer.overlap: merged`.
 
 What is not in the table is allowed. FP8, FP4 and CUDA graphs need a GPU: that these settings pass the checks, and are
 refused where they must be, is tested; how they train with Evolved Sampling was read in upstream's source and not run.
 """
-RUNS = {"order": "all", "selection": "selecting", "scoring": "scoring"}
+RUNS = {"order": "all", "selection": "selecting", "scoring": "scoring", "merged": "merged"}
 TABLES = {
     "Models of Megatron-Core": MODEL,
     "Megatron-LM": MEGATRON_LM,

@@ -48,8 +48,8 @@ class Fake:
         self.trained: list[list[int]] = []
         self.weights: list[Any] = []
 
-    def of(self, positions: Any) -> Any:
-        ids = self.batch.id[positions].tolist()
+    def of(self, positions: Any, batch: Any = None) -> Any:
+        ids = (self.batch if batch is None else batch).id[positions].tolist()
         return np.asarray([self.losses(n, self.engine.iteration) for n in ids], np.float32)
 
     def score(self, positions: Any) -> Any:
@@ -59,7 +59,8 @@ class Fake:
     def train(self, work: Work) -> Trained:
         self.trained.append(work.positions.tolist())
         self.weights.append(work.weights)
-        return Trained("result", self.of(work.positions) if work.capture else None)
+        ahead = None if work.ahead is None else self.of(self.engine.own, work.ahead)
+        return Trained("result", self.of(work.positions) if work.capture else None, ahead)
 
     def iterate(self, *, succeeded: bool = True) -> Any:
         self.batch = self.engine.draw()
