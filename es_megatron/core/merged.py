@@ -24,13 +24,12 @@ def merged_size(config: EvolvedSamplingConfig, seq_length: int, micro_batch: int
             f"`scorer.prefix_share` must cut sequences of {seq_length} tokens evenly with `scorer.overlap: merged`, "
             f"but makes {tokens} tokens of them instead. Use a share such as 1/4 or 1/8, or leave `overlap` out."
         )
-    fitting = micro_batch * (seq_length // tokens)
-    if size not in (None, fitting):
+    if size is not None:
         raise ConfigError(
-            f"`scorer.micro_batch_size` must be {fitting} with `scorer.overlap: merged`, since a scoring micro-batch "
+            "`scorer.micro_batch_size` must be left out with `scorer.overlap: merged`, since a scoring micro-batch "
             f"has as many tokens there as a training one, but is {size} instead. Leave it out."
         )
-    return fitting
+    return micro_batch * (seq_length // tokens)
 
 
 def check_merged(config: EvolvedSamplingConfig, seq_length: int, own: int, micro_batch: int, multiple: int) -> None:

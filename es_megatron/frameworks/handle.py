@@ -58,7 +58,10 @@ class Handle:
         return self.engine.load(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and terms of the run, JSON-able, without scores and masks; see `EvolvedSampling.state_dict`."""
+        """Position and terms of the run, JSON-able, without scores and masks; see `EvolvedSampling.state_dict`.
+
+        Collective where meta-batches are scored early.
+        """
         return self.engine.state_dict()
 
     def detach(self) -> None:

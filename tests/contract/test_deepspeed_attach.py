@@ -310,8 +310,12 @@ def test_a_checkpoint_without_es_state_is_refused_unless_asked_for(tmp_path):
         (json_of(evolved={"keep_ratio": 0.2}), "`selection.keep_ratio` times the meta-batch must be a multiple of 2"),
         (json_of(evolved={**EVOLVED, "scoring_micro_batch_size": 5}), r"must divide a rank's 16.*\[1, 2, 4, 8, 16\]"),
         (json_of(0, bf16={"enabled": True}), r"must be 1 or more with bf16 and Adam"),
+        (
+            json_of(evolved={"scorer": {"kind": "fresh", "overlap": "merged"}}),
+            "`scorer.overlap` must be `none` without a `PipelineEngine`",
+        ),
     ],
-    ids=["no-block", "unknown-key", "range", "indivisible", "scoring-size", "bf16-zero0"],
+    ids=["no-block", "unknown-key", "range", "indivisible", "scoring-size", "bf16-zero0", "merged-without-stages"],
 )
 def test_what_cannot_work_is_refused_before_the_first_iteration(settings, message):
     def body():

@@ -155,7 +155,7 @@ def test_scorers_that_do_not_score_every_meta_batch_do_not_merge(kind: str) -> N
 @pytest.mark.parametrize(
     ("scorer", "message"),
     [
-        ({"kind": "fresh", "micro_batch_size": 4}, "`scorer.micro_batch_size` must be 2 .* but is 4"),
+        ({"kind": "fresh", "micro_batch_size": 4}, "`scorer.micro_batch_size` must be left out .* but is 4"),
         ({"kind": "prefix", "prefix_share": 0.3}, r"`scorer.prefix_share` must cut sequences of 64 tokens evenly"),
         ({"kind": "prefix", "prefix_share": 0.125}, "scoring micro-batches of 16 sequences do not cut a rank's 24"),
     ],
