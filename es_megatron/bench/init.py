@@ -12,7 +12,7 @@ import yaml
 
 from es_megatron.bench.spec import SHIPPED, load_spec
 from es_megatron.errors import ConfigError, DataError
-from es_megatron.prepare.corpus import find_corpus, parse_component
+from es_megatron.prepare.finding import find_corpus, parse_component
 from es_megatron.resources import resource
 
 SECONDS_A_MEGABYTE = 45.0

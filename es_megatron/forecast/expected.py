@@ -83,7 +83,10 @@ def _lines(arm: str, regime: Regime) -> list[str]:
         lines.append(f"{text}: {', '.join(told) if told else 'not measured'}")
     if not any(arm in cases.get(case, {}) for case in regime.cases.values()):
         return []
-    return [*lines, "nats a token, 95% intervals, at 62.5% of the cost, of tiny models on a CPU; your model and text: not measured"]
+    how = (
+        "nats a token, 95% intervals, at 62.5% of the cost, of tiny models on a CPU; your model and text: not measured"
+    )
+    return [*lines, how]
 
 
 def _interval(found: Sequence[float]) -> str:
