@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help venv style format check test test-all test-newest test-deepspeed test-megatron-lm trees demo results-quick clean
+.PHONY: help venv style format check test test-all test-newest test-deepspeed test-megatron-lm trees gpu-check demo results-quick clean
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
 TORCH ?= torch==2.13.0
@@ -29,8 +29,8 @@ export DS_ACCELERATOR ?= cpu
 export DS_BUILD_OPS ?= 0
 
 help:
-	@echo "make venv | style | format | check | test | test-all | test-newest | test-deepspeed | test-megatron-lm | demo |"
-	@echo "     results-quick | clean"
+	@echo "make venv | style | format | check | test | test-all | test-newest | test-deepspeed | test-megatron-lm | gpu-check |"
+	@echo "     demo | results-quick | clean"
 
 venv: $(STAMP)
 
@@ -89,6 +89,10 @@ trees: $(STAMP)
 	MEGATRON_LM="$(abspath $(MEGATRON_LM))" MEGATRON_DEEPSPEED="$(abspath $(MEGATRON_DEEPSPEED))" $(BIN)/python -m pytest \
 	    tests/end_to_end/test_megatron_lm.py tests/end_to_end/test_megatron_lm_merged.py \
 	    tests/end_to_end/test_megatron_deepspeed.py $(PYTEST_ARGS)
+
+# Nobody has run it on a GPU yet. Without a CUDA device it writes what it would do, and passes.
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 demo: $(STAMP)
 	$(BIN)/es-megatron demo

@@ -1,8 +1,9 @@
 """One process and many look the same: the ranks of a run and the few collectives ES needs.
 
 A run is a grid of data-parallel ranks (`dp`, each holds other data) times model-parallel ranks (`mp`: tensor times
-pipeline, which together hold one copy of the model). All collectives run on CPU arrays over gloo groups of their own,
-from the main thread, in program order, so that they cannot cross with the framework's.
+pipeline times context, which together pass one copy of the data through one model). Of those, the ones that share each
+sequence, and hold the same part of the model, are context peers (`cp`). All collectives run on CPU arrays over gloo
+groups of their own, from the main thread, in program order, so that they cannot cross with the framework's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class RankGrid:
     mp_size: int
     world_rank: int
     world_size: int
+    cp_size: int = 1
+    """Ranks that share a sequence; 1: each sequence is on one rank, or on its tensor and pipeline peers alone."""
     _groups: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
     _members: dict[str, list[int]] = field(default_factory=dict[str, list[int]], repr=False)
 
@@ -43,11 +46,12 @@ class RankGrid:
         return RankGrid(0, 1, 0, 1, 0, 1)
 
     @staticmethod
-    def of_grid(places: Sequence[Sequence[int]]) -> RankGrid:
+    def of_grid(places: Sequence[Sequence[int]], context: int = 1) -> RankGrid:
         """Make the groups of a grid of ranks; collective over the world.
 
         Args:
             places: places[d][m] is the world rank of data-parallel rank d and model-parallel rank m.
+            context: ranks that share a sequence. With M ranks in a row, m and m + M / context are context peers.
 
         Returns:
             This process's place. Its groups have the time-out of the default group.
@@ -67,9 +71,12 @@ class RankGrid:
             group = dist.new_group(list(column), backend="gloo", timeout=timeout)
             if me in column:
                 groups["dp"], members["dp"] = group, list(column)
-        return RankGrid(
-            place[0], len(places), place[1], len(places[0]), me, len(places) * len(places[0]), groups, members
-        )
+        for peers in _context_peers(places, context):
+            group = dist.new_group(peers, backend="gloo", timeout=timeout)
+            if me in peers:
+                groups["cp"], members["cp"] = group, peers
+        dp_size, mp_size = len(places), len(places[0])
+        return RankGrid(place[0], dp_size, place[1], mp_size, me, dp_size * mp_size, context, groups, members)
 
     @staticmethod
     def data_parallel() -> RankGrid:
@@ -86,6 +93,14 @@ class RankGrid:
         if 0 < tensor.nbytes <= SMALL_BYTES:
             return self._sum_by_doubling(tensor).numpy()
         dist.all_reduce(tensor, group=self._groups["dp"])
+        return tensor.numpy()
+
+    def sum_over_cp(self, array: Array) -> Array:
+        """Element-wise sum over the ranks that share each sequence, the same on each of them."""
+        if self.cp_size == 1:
+            return array
+        tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
+        dist.all_reduce(tensor, group=self._groups["cp"])
         return tensor.numpy()
 
     def _sum_by_doubling(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -164,3 +179,10 @@ def default_timeout() -> timedelta | None:
         return group._get_backend(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")).options._timeout
     except (AttributeError, RuntimeError):  # a backend that is none of torch's
         return None
+
+
+def _context_peers(places: Sequence[Sequence[int]], context: int) -> list[list[int]]:
+    """World ranks of each group of context peers, none where nothing is shared."""
+    if context == 1:
+        return []
+    return [list(row[place :: len(row) // context]) for row in places for place in range(len(row) // context)]

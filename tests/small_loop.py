@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from es_megatron.data.manifest import Component, Manifest
+from tests.context_helper import gather_attention
 from tests.small_run import SIZES, VOCABULARY, T, main_gradients
 
 from megatron.core.models.gpt import gpt_layer_specs  # isort: skip - the CPU layer stands since small_run was imported
@@ -118,10 +119,19 @@ class Step:
 class Loop:
     """Model and optimizer of this rank; call `initialize(settings)` before."""
 
-    def __init__(self, settings: PretrainSettings, rows: RandomRows | None, *, per_token: bool = False) -> None:
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        rows: RandomRows | None,
+        *,
+        per_token: bool = False,
+        gathering: bool = False,
+        **attached: Any,
+    ) -> None:
         self.settings, self.per_token = settings, per_token
         if per_token:
             change_model(calculate_per_token_loss=True)
+        gather_attention(settings, packed=gathering)
         self.chunks = build_model(settings, VOCABULARY)
         assert self.chunks[0].config.calculate_per_token_loss == per_token
         self.optimizer = build_optimizer(settings, self.chunks)
@@ -133,6 +143,7 @@ class Loop:
             global_batch_size=settings.training.global_batch_size,
             micro_batch_size=settings.training.micro_batch_size,
             train_samples=settings.training.train_samples or 0,
+            **attached,
         )
         self.seen: MicroBatches = []
 
@@ -161,7 +172,8 @@ class Loop:
     def run_passes(self) -> Any:
         """Score, choose, forward and backward, through the wrapped schedule; returns what the schedule returned."""
         assert self.sampling is not None
-        own = len(self.sampling.engine.own) // self.settings.training.micro_batch_size
+        engine, size = self.sampling.engine, self.settings.training.micro_batch_size
+        own = engine.plan.schedule.ramp.size(engine.iteration) // (size * engine.grid.dp_size)
         none = None if len(self.chunks) == 1 else [None for _ in self.chunks]
         return self.sampling.wrap(get_forward_backward_func())(**self.call(own), data_iterator=none)
 
@@ -184,6 +196,11 @@ class Loop:
         record = self.sampling.engine.last
         assert record is not None
         return Step(self.seen, gradients, record.chosen.tolist())
+
+    def gradient(self, name: str) -> list[float]:
+        """What the optimizer is given for a parameter of the first chunk."""
+        parameter: Any = dict(self.chunks[0].named_parameters())[name]
+        return parameter.main_grad.flatten().tolist()
 
     def train_on(self, batches: Sequence[Batch], weights: Sequence[float] | None = None) -> Step:
         """One plain iteration on given micro-batches, with upstream's schedule as it is.

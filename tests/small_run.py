@@ -26,6 +26,7 @@ from es_megatron.config import build  # noqa: E402
 from es_megatron.trainer.loop import Trainer  # noqa: E402
 from es_megatron.trainer.model import unwrap  # noqa: E402
 from es_megatron.trainer.settings import PretrainSettings, apply_override  # noqa: E402
+from tests.context_helper import gather_attention  # noqa: E402
 
 VOCABULARY = 96
 T = 16
@@ -137,6 +138,7 @@ def train(settings: PretrainSettings, before_step: Hook = nothing, after: Hook =
         before_step: called between the backward pass and the optimizer step of an iteration.
         after: called when an iteration is finished, with its number.
     """
+    gather_attention(settings)
     trainer = Trainer(settings)
     history = History(place=(trainer.grid.dp_rank, trainer.grid.mp_rank))
     watch(trainer, history, before_step, after)

@@ -15,7 +15,12 @@ _SHOWN = 5
 _IDENTITY = ("samples", "fingerprint", "weight")
 """Fields of a component that decide which sample stands where; its path may change freely."""
 
-_TERMS = {"decay": "scores.beta2", "correction": "scores.correction", "reference": "fingerprint of reference.folder"}
+_TERMS = {
+    "decay": "scores.beta2",
+    "correction": "scores.correction",
+    "reference": "fingerprint of reference.folder",
+    "ramp": "batch-size ramp-up",
+}
 """Terms that are called otherwise than their settings."""
 
 

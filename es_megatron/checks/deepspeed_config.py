@@ -37,7 +37,12 @@ def check_deepspeed(run: ExistingRun, settings: EvolvedSamplingConfig) -> Iterat
     """Findings about a DeepSpeed JSON, for settings of Evolved Sampling."""
     config = run.deepspeed
     yield from _zero(config)
-    found = list(find(DEEPSPEED, lambda name: block_is_on(config, name) or None, settings))
+
+    def setting(name: str) -> Any:
+        value = config.get(name)
+        return value if isinstance(value, int) else block_is_on(config, name) or None
+
+    found = list(find(DEEPSPEED, setting, settings))
     for row in found:
         yield refuse(f"`{row.name}`", row.why, row.way_out())
     if not found:

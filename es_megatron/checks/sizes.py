@@ -10,13 +10,16 @@ from es_megatron.checks.findings import Finding, blocking, note, ok, refuse
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import ExistingRun
 from es_megatron.config_files.passes import Passes
+from es_megatron.config_files.shell.traced import shown
 from es_megatron.core.plan import Plan, Prediction, check_micro_batches, nearest, plan_run, predict
 from es_megatron.core.run_sizes import Sizes
 from es_megatron.data.manifest import Component, Manifest
+from es_megatron.data.ramp import Ramp
 from es_megatron.errors import ConfigError, LayoutError
 from es_megatron.scoring import arm_of
 from es_megatron.scoring.arms import prunes
 
+RAMP = "rampup_batch_size"
 LARGEST_SCORING = 4
 """Largest scoring micro-batch, in training ones: it keeps no activations, but the logits grow with it."""
 
@@ -78,6 +81,14 @@ def _layout(run: ExistingRun) -> Iterator[Finding]:
     ):
         yield refuse("sizes", "batch and parallel sizes must be at least 1", "correct them")
         return
+    length, pieces = run.number("seq_length"), 2 * (run.context or 1)
+    if length is not None and pieces > 2 and length % pieces:
+        yield refuse(
+            f"`seq_length` {length}",
+            f"context-parallel size {run.context} cuts a sequence into {pieces} equal pieces, two for each rank",
+            f"use {nearest(length, pieces)}, or a smaller context-parallel size",
+        )
+        return
     text = " x ".join(f"{name} {value}" for name, value in parts.items() if value is None or value > 1)
     if run.world_size is None or None in parts.values():
         return
@@ -124,6 +135,33 @@ def _batch(run: ExistingRun, sizes: Sizes) -> Iterator[Finding]:
     many = "1 micro-batch" if count == 1 else f"{count} micro-batches"
     cut = f"{many} of {sizes.micro_batch} on DP {sizes.data_parallel}{chunks}"
     yield ok("batch", f"B = {sizes.meta_batch} = {cut}")
+    if run.on(RAMP):
+        yield _ramp(run, sizes)
+
+
+def _ramp(run: ExistingRun, sizes: Sizes) -> Finding:
+    flag = f"`--rampup-batch-size {' '.join(shown(value) for value in run.options[RAMP])}`"
+    try:
+        ramp = ramp_of(run, sizes)
+        ramp.check(sizes.quantum, "rampup_batch_size")
+    except ConfigError as error:
+        why, _, cure = str(error).partition(". ")
+        return refuse(flag, why, cure.rstrip("."))
+    first = ramp.stages[0].size if ramp.stages else ramp.full
+    return ok(flag, f"B grows from {first} over {ramp.iterations} iterations, which train on everything")
+
+
+def ramp_of(run: ExistingRun, sizes: Sizes) -> Ramp:
+    """Sizes of the meta-batches; all of the full one without a ramp-up, or where its numbers are not known.
+
+    Raises:
+        ConfigError: sizes that do not lead from one to the other.
+    """
+    given = run.options.get(RAMP, ())
+    if len(given) != 3 or not all(value.isdigit() for value in given):
+        return Ramp(sizes.meta_batch)
+    start, increment, samples = map(int, given)
+    return Ramp.linear(start, increment, samples, sizes.meta_batch)
 
 
 def propose(
@@ -196,7 +234,7 @@ def _plan(run: ExistingRun, sizes: Sizes, config: EvolvedSamplingConfig, passes:
     iterations, samples = run.number("train_iters"), run.samples
     drawn = samples or (iterations or 10_000) * sizes.meta_batch
     manifest = Manifest((Component("data", "", max(1, round(drawn / passes)), 1.0, ""),), 1)
-    return plan_run(config, manifest, sizes.meta_batch, sizes.quantum, drawn)
+    return plan_run(config, manifest, sizes.meta_batch, sizes.quantum, drawn, ramp=ramp_of(run, sizes))
 
 
 def _scoring(

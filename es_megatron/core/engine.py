@@ -32,6 +32,7 @@ from es_megatron.core.plan import Plan, plan_run
 from es_megatron.core.step import Framework, StepRecord, Work
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.mask import KeptMask
+from es_megatron.data.ramp import Ramp
 from es_megatron.data.sampler import MetaBatch, Sampler
 from es_megatron.errors import CheckpointError
 from es_megatron.rank_grid import RankGrid
@@ -60,7 +61,7 @@ class EvolvedSampling:
         manifest: Manifest,
         grid: RankGrid,
         *,
-        meta_batch: int,
+        meta_batch: int | Ramp,
         micro_batch: int,
         train_samples: int,
         micro_batch_multiple: int = 1,
@@ -72,7 +73,7 @@ class EvolvedSampling:
             config: settings.
             manifest: the blend.
             grid: this rank's place.
-            meta_batch: sequences drawn per iteration, B (Megatron's global batch size).
+            meta_batch: sequences drawn per iteration, B, or how they grow to B; smaller ones are trained whole.
             micro_batch: sequences in a training micro-batch of one rank.
             train_samples: draws of the plain run.
             micro_batch_multiple: what the micro-batches of a rank must be a multiple of (the pipeline size where stages
@@ -86,28 +87,28 @@ class EvolvedSampling:
         """
         self.config, self.manifest, self.grid = config, manifest, grid
         self.arm, self.scorer = arm_of(config), scorer_of(config)
-        self.meta_batch, self.micro_batch = meta_batch, micro_batch
-        self._everything = np.arange(meta_batch)
+        ramp = meta_batch if isinstance(meta_batch, Ramp) else Ramp(meta_batch)
+        self.meta_batch, self.micro_batch = ramp.full, micro_batch
         quantum = math.lcm(micro_batch * grid.dp_size * micro_batch_multiple, config.selection.parts)
         self.store = ScoreStore(manifest, config, grid)
         if self.arm.scores:
             bind_reference(self.store, self.scorer.tokens(manifest.seq_length))
         origin = warm_start(self.store)
-        self.plan: Plan = plan_run(config, manifest, meta_batch, quantum, train_samples, origin)
+        self.plan: Plan = plan_run(config, manifest, ramp.full, quantum, train_samples, origin, ramp)
         self.chooser = Chooser(self.plan, grid, micro_batch)
         ceiling = self.chooser.policy.ceiling
         if self.store.reference is not None and ceiling is not None:
             self.store.reference.find_ceilings(ceiling, grid)
         self.sampler = Sampler(self.plan.schedule, config.seed)
-        self.own: Int64 = positions_of(grid.dp_rank, grid.dp_size, meta_batch, micro_batch)
-        """Positions of the meta-batch that this rank loads."""
+        self.own: Int64 = positions_of(grid.dp_rank, grid.dp_size, ramp.full, micro_batch)
+        """Positions of the meta-batch that this rank loads; of a smaller one those that it has."""
         self.iteration = origin.iteration
         self.epochs = OpenEpochs(self.plan, self.store, self.sampler)
         self.ahead = ScoringAhead(self.plan, self.sampler, self.own)
         self.rate_factor = 1.0
         """What the learning rate of this iteration is multiplied by; 1 but for pruners that correct it."""
         self.last: StepRecord | None = None
-        self._owners = owners(grid.dp_size, meta_batch, micro_batch)
+        self._owners = owners(grid.dp_size, ramp.full, micro_batch)
         self._seconds: dict[str, float] = {}
 
     @property
@@ -154,12 +155,12 @@ class EvolvedSampling:
         early = self.ahead.of(batch) if scoring else None
         own, norm = self._score(framework) if scoring and early is None else (early, None)
         found, loss = self._look_up(batch, own)
-        weight = self._evolve(batch, self._everything, found, loss) if scoring else None
-        choice = self._choose(batch, found, loss, weight, norm) if selecting else Choice(self._everything, None)
+        weight = self._evolve(batch, batch.positions, found, loss) if scoring else None
+        choice = self._choose(batch, found, loss, weight, norm) if selecting else Choice(batch.positions, None)
         learning = self.scorer.learns and not scoring
-        following = None if self.chooser.fell else self.ahead.due(self.iteration)
         choice = self._rescaled(choice, batch, found)
-        result, trained = self._train(framework, choice, capture=learning, ahead=following)
+        following = None if self.chooser.fell else self.ahead.due(self.iteration)
+        result, trained = self._train(framework, choice, len(batch.id), capture=learning, ahead=following)
         if learning:
             self._evolve(batch, choice.positions, found, trained)
         passes = int(scoring and early is None) + int(following is not None)
@@ -256,7 +257,7 @@ class EvolvedSampling:
         self._adopt_mixture(state["terms"])
         self.epochs.adopt(state["terms"])
         check_terms(
-            {MIXTURE: "free", UNVISITED: "start", **state["terms"], "origin": state["origin"]},
+            {MIXTURE: "free", UNVISITED: "start", "ramp": [], **state["terms"], "origin": state["origin"]},
             {**self._terms(), "origin": self.plan.schedule.origin.to_json()},
         )
         self.iteration = int(state["iteration"])
@@ -306,7 +307,7 @@ class EvolvedSampling:
 
     def _look_up(self, batch: MetaBatch, own: Float32 | None) -> tuple[Lookup | None, Float32]:
         """Scores of the meta-batch before this iteration, and all losses of its scoring pass, nan without one."""
-        unknown = np.full(self.meta_batch, np.nan, np.float32)
+        unknown = np.full(len(batch.id), np.nan, np.float32)
         if not self.arm.scores:
             return None, unknown
         with self._timed("exchange"):
@@ -346,20 +347,20 @@ class EvolvedSampling:
         return Choice(choice.positions, own * weights[choice.positions])
 
     def _train(
-        self, framework: Framework, choice: Choice, *, capture: bool, ahead: MetaBatch | None
+        self, framework: Framework, choice: Choice, drawn: int, *, capture: bool, ahead: MetaBatch | None
     ) -> tuple[Any, Float32]:
-        """Train on the chosen, and share the losses if they are captured: nan where nothing is known."""
-        positions = assign(choice.positions, self._owners, self.grid.dp_size)[self.grid.dp_rank]
+        """Train on the chosen of so many, and share the losses if they are captured: nan where nothing is known."""
+        positions = assign(choice.positions, self._owners[:drawn], self.grid.dp_size)[self.grid.dp_rank]
         own = None if choice.weights is None else choice.weights[np.searchsorted(choice.positions, positions)]
         with self._timed("train"):
             trained = framework.train(Work(positions, own, capture, ahead))
             if ahead is not None:
                 self.ahead.stage(ahead, self._spread(framework, self.own, trained.ahead))
             if not capture:
-                return trained.result, np.full(self.meta_batch, np.nan, np.float32)
-            spread = self._spread(framework, positions, trained.losses)
+                return trained.result, np.full(drawn, np.nan, np.float32)
+            spread = self._spread(framework, positions, trained.losses)[:drawn]
         with self._timed("exchange"):
-            known = np.zeros(self.meta_batch, np.float32)
+            known = np.zeros(drawn, np.float32)
             known[positions] = 1
             known, loss = self.grid.sum_over_dp(np.stack([known, spread]))
             return trained.result, np.where(known > 0, loss, np.float32(np.nan))

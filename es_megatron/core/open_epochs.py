@@ -69,8 +69,9 @@ class OpenEpochs:
 
     @property
     def terms(self) -> dict[str, Any]:
-        """Which scores decide a mask, and what they count as."""
-        return {"mask_lag": self.lag, UNVISITED: "mean" if self.pruning.unvisited_as_mean else "start"}
+        """Which scores decide a mask, what they count as, and how meta-batches grow on the way."""
+        counted = "mean" if self.pruning.unvisited_as_mean else "start"
+        return {"mask_lag": self.lag, UNVISITED: counted, "ramp": self.plan.schedule.ramp.to_json()}
 
     def adopt(self, terms: Mapping[str, Any]) -> None:
         """Decide masks as the run of a checkpoint did, where the settings do not say.

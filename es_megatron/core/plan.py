@@ -20,6 +20,7 @@ import numpy.typing as npt
 from es_megatron.config import EvolvedSamplingConfig, SelectionSettings
 from es_megatron.core.simulation import Order, Times, best_order, duration, forward_duration
 from es_megatron.data.manifest import Manifest
+from es_megatron.data.ramp import Ramp
 from es_megatron.data.schedule import Origin, Schedule
 from es_megatron.errors import ConfigError, LayoutError
 from es_megatron.scoring import Arm, Scorer, arm_of, published, scorer_of
@@ -80,6 +81,11 @@ class Plan:
         return phases.stop - phases.start if self.arm.selects and self.kept < self.meta_batch else 0
 
     @property
+    def whole_draws(self) -> int:
+        """Sequences of the iterations that train on all they draw."""
+        return self.schedule.ramp.position(self.schedule.iterations) - self.evolving_iterations * self.meta_batch
+
+    @property
     def scored_iterations(self) -> int:
         """Iterations with a scoring pass."""
         if not self.evolving_iterations:
@@ -105,8 +111,7 @@ class Plan:
     @property
     def sequences_trained(self) -> int:
         """Sequences of the whole run that get forward and backward."""
-        whole = self.schedule.iterations - self.evolving_iterations
-        return whole * self.meta_batch + self.evolving_iterations * self.kept
+        return self.whole_draws + self.evolving_iterations * self.kept
 
     @property
     def cost(self) -> float:
@@ -116,7 +121,7 @@ class Plan:
     @property
     def plain_cost(self) -> float:
         """The same of the plain run."""
-        return TRAIN_COST * self.plain_iterations * self.meta_batch
+        return TRAIN_COST * self.schedule.ramp.position(self.plain_iterations)
 
     @property
     def passes(self) -> npt.NDArray[np.float64]:
@@ -138,9 +143,10 @@ class Plan:
         visited = scored + (1 - scored) * self.kept / self.meta_batch
         for c in np.flatnonzero((epochs.first_pruned > 0) & (epochs.after_pruned > epochs.first_pruned)):
             first = schedule.blend.position(int(c), int(epochs.start(int(c), epochs.first_pruned[c])))
-            decided = max(0, first // self.meta_batch - lag)
-            drawn = schedule.blend.counts(decided * self.meta_batch)[c]
-            annealed = schedule.blend.counts(min(decided, schedule.phases.start) * self.meta_batch)[c]
+            begun = schedule.origin.iteration
+            decided = max(begun, schedule.iteration_at(first) - lag)
+            drawn = schedule.draws(decided)[c]
+            annealed = schedule.draws(max(begun, min(decided, schedule.phases.start)))[c]
             share[c] = max(0.0, 1 - (annealed + visited * (drawn - annealed)) / sizes[c])
         return share
 
@@ -152,6 +158,7 @@ def plan_run(
     quantum: int,
     train_samples: int,
     origin: Origin | None = None,
+    ramp: Ramp | None = None,
 ) -> Plan:
     """Plan a run; one that matches a cost gets as large a choice as reaches it, and is cut to it.
 
@@ -163,10 +170,12 @@ def plan_run(
             stages are interleaved.
         train_samples: draws of the plain run.
         origin: where the data order begins, if not at iteration 0.
+        ramp: sizes of meta-batches, where they grow at first.
 
     Raises:
         ConfigError: sizes that do not divide.
     """
+    ramp = ramp or Ramp(meta_batch)
     if meta_batch % quantum:
         raise ConfigError(
             f"The meta-batch (global batch size) must be a multiple of {quantum} (micro-batch size times data-parallel "
@@ -175,22 +184,22 @@ def plan_run(
         )
     if train_samples < 1:
         raise ConfigError(f"`train_samples` must be >= 1, but is {train_samples} instead.")
-    plain_iterations = -(-train_samples // meta_batch)
+    plain_iterations = ramp.iteration_at(train_samples - 1) + 1
     arm = arm_of(config)
     kept = kept_of(config, meta_batch, quantum) if arm.selects and config.selection.budget is None else meta_batch
 
     def make(kept: int, samples: int) -> Plan:
         ratio = config.pruning.ratio if prunes(config) else 0.0
         anneal = config.selection.anneal
-        schedule = Schedule(manifest, meta_batch, samples, anneal=anneal, pruning_ratio=ratio, origin=origin)
+        schedule = Schedule(manifest, meta_batch, samples, anneal=anneal, pruning_ratio=ratio, origin=origin, ramp=ramp)
         return Plan(config, schedule, meta_batch, kept, plain_iterations)
 
     if not arm.budgeted or not (config.selection.budget is not None or arm.shortened):
         return make(kept, train_samples)
     if config.selection.budget is not None:
-        budget = config.selection.budget * TRAIN_COST * plain_iterations * meta_batch
+        budget = config.selection.budget * TRAIN_COST * ramp.position(plain_iterations)
     else:
-        budget = plan_run(published(config), manifest, meta_batch, quantum, train_samples, origin).cost
+        budget = plan_run(published(config), manifest, meta_batch, quantum, train_samples, origin, ramp).cost
     if arm.selects:
         sizes = range(quantum, meta_batch + 1, quantum)
         kept = next((b for b in sizes if make(b, train_samples).cost >= budget), meta_batch)
@@ -300,13 +309,15 @@ def predict(plan: Plan, layout: Layout) -> Prediction:
     whole, training = layout.whole(), layout.training(share)
     evolving, scored = plan.evolving_iterations, plan.scored_iterations
     scoring = layout.scoring() * plan.scored_share
-    run = (plan.schedule.iterations - evolving) * whole + evolving * training + scored * scoring
+    run = plan.whole_draws / plan.meta_batch * whole + evolving * training + scored * scoring
     step = training + (scored / evolving if evolving else 0.0) * scoring
     if plan.scorer.merges and evolving:
         # the first selecting iteration makes a pass of its own, the last one scores nothing
         step = layout.merged(share, plan.scored_share)
         run += (evolving - 1) * (step - training - scoring)
-    return Prediction(plan.plain_iterations * whole, run, 1.0 - step / whole if evolving else 0.0)
+    return Prediction(
+        plan.plain_cost / TRAIN_COST / plan.meta_batch * whole, run, 1.0 - step / whole if evolving else 0.0
+    )
 
 
 def nominal(layout: Layout) -> Layout:
@@ -323,7 +334,7 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     scorer, ratio = config.scorer.kind if plan.arm.scores else "none", config.pruning.ratio if prunes(config) else 0.0
     passes = ", ".join(f"{name} {count:.2f}" for name, count in zip(names, plan.passes, strict=True))
     forwarded = (plan.scored_share * plan.sequences_scored + plan.sequences_trained) * tokens
-    plain = plan.plain_iterations * plan.meta_batch * tokens
+    plain = plan.plain_cost / TRAIN_COST * tokens
     rows = {
         "iterations": f"{plan.schedule.iterations} (plain: {plan.plain_iterations}), {plan.evolving_iterations} select",
         "passes": passes,
@@ -331,6 +342,8 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
         "tokens trained": f"{plan.sequences_trained * tokens:.2f} M (plain: {plain:.2f} M)",
         "predicted saving": f"{limit.saving:.1%} nominal (backward = 2 forward), {limit.selecting:.1%} while selecting",
     }
+    if plan.schedule.ramp.stages:
+        rows["ramp-up"] = plan.schedule.ramp.told()
     if plan.scorer.merges and plan.evolving_iterations:
         rows["scored early"] = _merged_words(plan, layout)
     if calibrated:

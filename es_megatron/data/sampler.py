@@ -30,6 +30,11 @@ class MetaBatch(NamedTuple):
     row: Int64
     id: Int64
 
+    @property
+    def positions(self) -> Int64:
+        """All of them, int64[B]."""
+        return np.arange(len(self.id))
+
 
 class Sampler:
     """Serves any meta-batch by its iteration; its only state is the kept masks of the epochs that are open."""
@@ -54,7 +59,7 @@ class Sampler:
         Raises:
             ConfigError: it needs the mask of an epoch that is not decided yet.
         """
-        size = self.schedule.meta_batch
+        size = self.schedule.ramp.size(iteration)
         first = self.schedule.position(iteration)
         positions = np.arange(first, first + size, dtype=np.int64)
         component, epoch, row = self.rows(positions)

@@ -18,6 +18,7 @@ from es_megatron.algorithm.phases import Phases
 from es_megatron.algorithm.pruners import kept_count
 from es_megatron.data.blend import MAX_DRAWS, Blend
 from es_megatron.data.manifest import Manifest
+from es_megatron.data.ramp import Ramp
 from es_megatron.errors import ConfigError
 
 Int64 = npt.NDArray[np.int64]
@@ -131,6 +132,7 @@ class Schedule:
         pruning_ratio: float = 0.0,
         scores_imported: bool = False,
         origin: Origin | None = None,
+        ramp: Ramp | None = None,
     ) -> None:
         """Find the shortest run whose draws stand for `train_samples` of the plain one.
 
@@ -142,6 +144,7 @@ class Schedule:
             pruning_ratio: r.
             scores_imported: whether epoch 0 of every component may be pruned.
             origin: where the order begins; iterations count on from there, epochs begin anew.
+            ramp: sizes of meta-batches, where they are not all of `meta_batch`; those below it are trained whole.
 
         Raises:
             ConfigError: the run is longer than positions reach.
@@ -154,6 +157,7 @@ class Schedule:
             )
         self.manifest = manifest
         self.meta_batch = meta_batch
+        self.ramp = ramp or Ramp(meta_batch)
         self.train_samples = train_samples
         self.blend = Blend([component.weight for component in manifest.components])
         self._kept = np.asarray([kept_count(int(n), pruning_ratio) for n in manifest.sizes], dtype=np.int64)
@@ -174,7 +178,11 @@ class Schedule:
 
     def position(self, iteration: int) -> int:
         """First position of an iteration in this order."""
-        return (iteration - self.origin.iteration) * self.meta_batch
+        return self.ramp.position(iteration) - self.ramp.position(self.origin.iteration)
+
+    def iteration_at(self, position: int) -> int:
+        """Iteration that makes the draw at a position of this order."""
+        return self.ramp.iteration_at(self.ramp.position(self.origin.iteration) + position)
 
     def draws(self, iteration: int | None = None) -> Int64:
         """Draws of each component in this order before an iteration (before the end), int64[C]."""
@@ -202,8 +210,8 @@ class Schedule:
             draw = self.epochs.start(component, starting)
             pruned = self.epochs.place(component, draw).pruned
             for epoch, number in zip(starting[pruned].tolist(), draw[pruned].tolist(), strict=True):
-                after = self.blend.position(component, number) // self.meta_batch
-                found.append(DueEpoch(component, epoch, self.origin.iteration + after))
+                first_draw = self.blend.position(component, number)
+                found.append(DueEpoch(component, epoch, self.iteration_at(first_draw)))
         return found
 
     def _fit(self, anneal: float) -> tuple[Phases, int]:
@@ -213,25 +221,32 @@ class Schedule:
         Then the phases are those of a length of the cycle that ask for the longest run: it ends exactly where it stands
         for `train_samples`, and its closing annealing is no shorter than the share of the length it was made for.
         """
-        length = self.origin.iteration - (-self._remaining // self.meta_batch)
+        length = self._fewest(self._remaining)
         needed: dict[int, int] = {}
         while length not in needed and len(needed) < MAX_REFINEMENTS:
-            needed[length] = self._length(Phases(length, anneal))
+            needed[length] = self._length(self._phases(length, anneal))
             length = needed[length]
         tried = list(needed)
         cycle = tried[tried.index(length) :] if length in needed else tried[-1:]
         planned = max(cycle, key=needed.__getitem__)
-        return Phases(planned, anneal), needed[planned]
+        return self._phases(planned, anneal), needed[planned]
+
+    def _phases(self, iterations: int, anneal: float) -> Phases:
+        return Phases(iterations, anneal, self.ramp.iterations)
+
+    def _fewest(self, draws: int) -> int:
+        """Iteration before which an order has made so many draws."""
+        return self.origin.iteration if draws == 0 else self.iteration_at(draws - 1) + 1
 
     def _length(self, phases: Phases) -> int:
         """Fewest iterations that stand for the run's draws, with pruning as these phases have it."""
         epochs = self._epochs(phases)
-        low, high = 0, -(-self._remaining // self.meta_batch)
+        low, high = self.origin.iteration, self._fewest(self._remaining)
         while low < high:
             middle = (low + high) // 2
-            stood_for = epochs.stood_for_in_all(self.blend.counts(middle * self.meta_batch))
+            stood_for = epochs.stood_for_in_all(self.draws(middle))
             low, high = (low, middle) if stood_for >= self._remaining else (middle + 1, high)
-        return self.origin.iteration + low
+        return low
 
     def _epochs(self, phases: Phases) -> Epochs:
         full, kept = self.manifest.sizes, self._kept

@@ -145,11 +145,8 @@ def forecast(request: Request) -> Forecast:
 
 
 def refuse_scoring_size(request: Request) -> None:
-    """Raise what the trainer raises for a scoring micro-batch that does not divide; importing it takes seconds."""
-    from es_megatron.testing import cpu
-
-    cpu.install()
-    from es_megatron.frameworks.megatron_core import check_scoring_size
+    """Raise what the trainer raises for a scoring micro-batch that does not divide; importing torch takes seconds."""
+    from es_megatron.frameworks.megatron_core_checks import check_scoring_size
 
     check_scoring_size(request.config, request.sizes.own, request.sizes.pipeline, request.sizes.virtual)
 
@@ -162,7 +159,7 @@ def layout_of(request: Request) -> tuple[Layout, str | None]:
         forward, source = speed.forward, "measured forward"
     elif speed.parameters is not None and speed.flops is not None:
         tokens = sizes.micro_batch * model.model.seq_length
-        pieces = model.parallel.tensor * sizes.pipeline
+        pieces = model.parallel.tensor * model.parallel.context * sizes.pipeline
         forward = FORWARD_FLOPS * speed.parameters * tokens / (pieces * speed.flops)
         flops = "8 FLOP, 2 of them recomputed," if request.recomputes else "6 FLOP"
         source = f"estimate: {flops} per parameter and token"

@@ -111,7 +111,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     parallel, notes = settings.parallel, list[str]()
     world_size = arguments.world_size
     if world_size is None:
-        world_size = parallel.tensor * parallel.pipeline * (arguments.data_parallel or 1)
+        world_size = parallel.ranks * (arguments.data_parallel or 1)
     elif arguments.data_parallel is not None and parallel.data_parallel(world_size) != arguments.data_parallel:
         raise ConfigError(
             f"`--world-size` must be tensor x pipeline x data-parallel = {parallel.tensor} x {parallel.pipeline} x "

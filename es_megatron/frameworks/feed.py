@@ -50,7 +50,8 @@ class MetaBatchFeed:
         Args:
             rows: the blend's samples, picklable for workers.
             sampler: tells the ids of each iteration; lives in this process only.
-            own: positions of the meta-batch that this rank reads ahead, int64[B/D].
+            own: positions of a full meta-batch that this rank reads ahead, int64[B/D]; of a smaller one it reads those
+                that it has.
             workers: loader processes; 0 reads in this process.
             prefetch: meta-batches a worker reads ahead.
             mask_lag: iterations by which kept masks are decided ahead.
@@ -70,7 +71,7 @@ class MetaBatchFeed:
         self._next = -1
         self._held: dict[int, tuple[MetaBatch, dict[str, Tensor]]] = {}
         self._iteration = -1
-        self._slot: dict[int, int] = {int(position): slot for slot, position in enumerate(own)}
+        self._slot: dict[int, int] = {int(position): slot for slot, position in enumerate(own)}  # own is rising
 
     def fetch(self, batch: MetaBatch) -> None:
         """Hold this rank's rows of a meta-batch; going anywhere but forward restarts the loader."""
@@ -127,11 +128,12 @@ class MetaBatchFeed:
             raise RuntimeError("`fetch` must be called before `micro_batches`.")
         batch, rows = self._held[iteration]
         away = [position for position in positions.tolist() if position not in self._slot]
-        if not away and len(positions) == len(self._own) and (positions == self._own).all():
+        own = self._own[self._own < len(batch.id)]
+        if not away and len(positions) == len(own) and (positions == own).all():
             return rows
         moved = collate([self._rows[int(batch.id[position])] for position in away]) if away else {}
         order = {position: slot for slot, position in enumerate(away)}
-        offset = len(self._own)
+        offset = len(own)
         index = torch.tensor(
             [self._slot[p] if p in self._slot else offset + order[p] for p in positions.tolist()], dtype=torch.int64
         )
@@ -171,7 +173,8 @@ class OwnIds:
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's ids of each iteration."""
         for iteration in range(self._iteration, self._sampler.schedule.iterations):
-            yield self._sampler.batch(iteration).id[self._own].tolist()
+            ids = self._sampler.batch(iteration).id
+            yield ids[self._own[self._own < len(ids)]].tolist()
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:

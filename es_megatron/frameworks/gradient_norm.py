@@ -44,11 +44,17 @@ def square_sums(logits_TBV: Tensor) -> Tensor:
     return (sums[1] / sums[0].square()).transpose(0, 1)
 
 
-def norm_bounds(losses_BT: Tensor, mask_BT: Tensor, squares_BT: Tensor) -> Tensor:
-    """Bound of the norm of each sequence's gradient under its mask, float32 `[B]`; nan where no token counts."""
+def norm_sums(losses_BT: Tensor, mask_BT: Tensor, squares_BT: Tensor) -> Tensor:
+    """Sum of the squared norms of each sequence's token gradients under its mask, float32 `[B]`."""
     losses, mask = losses_BT.detach().float(), mask_BT.detach().reshape(losses_BT.shape).float()
     each_BT = (squares_BT - 2 * torch.exp(-losses) + 1).clamp(min=0)
-    return torch.where(mask > 0, each_BT * mask.square(), 0.0).sum(dim=1).sqrt() / mask.sum(dim=1)
+    return torch.where(mask > 0, each_BT * mask.square(), 0.0).sum(dim=1)
+
+
+def norm_bounds(losses_BT: Tensor, mask_BT: Tensor, squares_BT: Tensor) -> Tensor:
+    """Bound of the norm of each sequence's gradient under its mask, float32 `[B]`; nan where no token counts."""
+    count_B = mask_BT.detach().reshape(losses_BT.shape).float().sum(dim=1)
+    return norm_sums(losses_BT, mask_BT, squares_BT).sqrt() / count_B
 
 
 class OutputWatch:

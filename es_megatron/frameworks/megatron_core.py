@@ -26,16 +26,21 @@ from es_megatron.core.merged import check_merged, merged_size
 from es_megatron.core.plan import check_micro_batches
 from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
+from es_megatron.data.ramp import Ramp
 from es_megatron.data.sampler import MetaBatch
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
-from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
+from es_megatron.frameworks.gradient_norm import OutputWatch, norm_sums
 from es_megatron.frameworks.handle import Handle
+from es_megatron.frameworks.megatron_core_checks import (
+    check_context,
+    check_model,
+    check_packing,
+    check_scoring_size,
+)
 from es_megatron.frameworks.merged_call import MergedCall, early_micro_batches, merged_order, warn_without_stages
-from es_megatron.frameworks.scoring import join, sequence_losses, shortened, traceless
+from es_megatron.frameworks.scoring import by_sequence, join, means_of, sequence_sums, shortened, traceless
 from es_megatron.rank_grid import RankGrid
-from es_megatron.refusals.model import MODEL
-from es_megatron.refusals.table import refuse
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -46,24 +51,34 @@ LossMaskOf = Callable[[Callable[..., Any]], Tensor]
 def rank_grid_of_parallel_state() -> tuple[RankGrid, int]:
     """This rank's place in Megatron-Core's grid, and the model-parallel rank that computes losses. Collective.
 
-    The losses are on the last pipeline stage; its first tensor rank tells them.
+    The losses are on the last pipeline stage; its first tensor rank of the first context rank tells them.
     """
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    data = parallel_state.get_data_parallel_world_size()
+    data, context = parallel_state.get_data_parallel_world_size(), context_parallel_size()
     source = (pipeline - 1) * tensor
     if dist.get_world_size() == 1:
         return RankGrid.alone(), source
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    if context > 1:
+        stage += pipeline * parallel_state.get_context_parallel_rank()
     place = (
         parallel_state.get_data_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank() * tensor + parallel_state.get_tensor_model_parallel_rank(),
+        stage * tensor + parallel_state.get_tensor_model_parallel_rank(),
     )
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, place)
     ranks = {each: rank for rank, each in enumerate(places)}
-    return RankGrid.of_grid([[ranks[d, m] for m in range(tensor * pipeline)] for d in range(data)]), source
+    size = tensor * pipeline * context
+    return RankGrid.of_grid([[ranks[d, m] for m in range(size)] for d in range(data)], context), source
+
+
+def context_parallel_size() -> int:
+    """Ranks that share each sequence; Megatron-DeepSpeed's old Megatron-Core does not know of any."""
+    known = getattr(parallel_state, "get_context_parallel_world_size", None)
+    return 1 if known is None else known()
 
 
 def mask_of_partial(loss_func: Callable[..., Any]) -> Tensor:
@@ -142,12 +157,13 @@ class MegatronCoreSampling(Handle):
 
     def _check_call(self, call: dict[str, Any]) -> None:
         engine = self.engine
-        expected = engine.meta_batch // (engine.micro_batch * engine.grid.dp_size)
+        drawn = engine.plan.schedule.ramp.size(engine.iteration)
+        expected = drawn // (engine.micro_batch * engine.grid.dp_size)
         if call["num_microbatches"] != expected or call["micro_batch_size"] != engine.micro_batch:
             raise ConfigError(
                 f"The schedule must be called with {expected} micro-batches of {engine.micro_batch}, but is called "
                 f"with {call['num_microbatches']} of {call['micro_batch_size']} instead. Attach with the run's own "
-                "batch sizes; batch-size ramp-up is not supported."
+                "batch sizes, and with `ramp` where they grow at first."
             )
 
 
@@ -173,9 +189,12 @@ class ScheduleCall:
             output, loss_func = forward_step(*args, **kwargs)
 
             def scores_of(out: Tensor, non_loss_data: bool = True) -> Tensor:
-                mask = mask_of(loss_func)
-                losses = sequence_losses(out, mask)
-                return losses if watch is None else torch.stack([losses, norm_bounds(out, mask, watch.take())])
+                mask, losses_BT = mask_of(loss_func), by_sequence(out, size)
+                sums = sequence_sums(losses_BT, mask)
+                if watch is None:
+                    return sums
+                squares_BT = by_sequence(watch.take(), size)
+                return torch.cat([sums, norm_sums(losses_BT, mask, squares_BT)[None]])
 
             return output, scores_of
 
@@ -189,7 +208,7 @@ class ScheduleCall:
                 collect_non_loss_data=True,
             )
         self._scored = True
-        return join(found)
+        return means_of(found, self._sampling.engine.grid)
 
     def train(self, work: Work) -> Trained:
         """Forward and backward on the chosen sequences; see `Framework.train`."""
@@ -202,7 +221,7 @@ class ScheduleCall:
         size = self._call["micro_batch_size"]
         with parameters_gathered(self._chunks, self._scored):
             result = self._run(work.positions, size, forward_step_func=step)
-        return Trained(result, join(found) if work.capture else None)
+        return Trained(result, means_of(found, self._sampling.engine.grid) if work.capture else None)
 
     def _train_merged(self, work: Work, ahead: MetaBatch) -> Trained:
         """The same, and forward passes over the next meta-batch, in one call of the schedule."""
@@ -231,11 +250,11 @@ class ScheduleCall:
             output, loss_func = forward_step(*args, **kwargs)
 
             def watching_loss(out: Tensor, *rest: Any, **named: Any) -> Any:
-                start = len(found) * size
-                found.append(sequence_losses(out, mask_of(loss_func), self._scored_tokens))
+                start, losses_BT = len(found) * size, by_sequence(out, size)
+                found.append(sequence_sums(losses_BT, mask_of(loss_func), self._scored_tokens))
                 if weights is not None:
                     weight = torch.as_tensor(weights[start : start + size], dtype=out.dtype, device=out.device)
-                    out = out * weight[:, None]
+                    out = (losses_BT * weight[:, None]).reshape(out.shape)
                 return loss_func(out, *rest, **named)
 
             return output, watching_loss
@@ -286,19 +305,6 @@ def parameters_gathered(chunks: list[torch.nn.Module], gathered: bool) -> Genera
             config.param_sync_func = function
 
 
-def check_model(model_config: Any, config: EvolvedSamplingConfig) -> None:
-    """Refuse model settings that would score or train wrongly with these settings of Evolved Sampling.
-
-    Args:
-        model_config: Megatron-Core's `TransformerConfig`, or Megatron-LM's arguments.
-        config: whose arm and scorer decide which rows of the table hold.
-
-    Raises:
-        ConfigError: names the setting, why, and the cure.
-    """
-    refuse(MODEL, lambda name: getattr(model_config, name, None), config)
-
-
 def reads_data(model_config: Any) -> bool:
     """Whether the forward step of this stage asks for data.
 
@@ -325,6 +331,7 @@ def attach(  # noqa: PLR0913 - one call says all
     loss_mask_of: LossMaskOf = mask_of_partial,
     warm_start: WarmStart = start_with_scores,
     optimizer: Any = None,
+    ramp: Ramp | None = None,
 ) -> MegatronCoreSampling:
     """Attach Evolved Sampling to a Megatron-Core run; collective, after `parallel_state` is initialised.
 
@@ -341,51 +348,50 @@ def attach(  # noqa: PLR0913 - one call says all
         loss_mask_of: finds the loss mask in what the forward step returns.
         warm_start: see `EvolvedSampling`.
         optimizer: the loop's; its `step` then closes every iteration, and `finish` must not be called. None: call it.
+        ramp: sizes of meta-batches where they grow to `global_batch_size` at first; None: all are of that size.
 
     Raises:
         ConfigError, LayoutError: what cannot work, before the first iteration.
     """
     check_model(model_config, config)
-    grid, source = rank_grid_of_parallel_state()
+    sizes, (grid, source) = ramp or Ramp(global_batch_size), rank_grid_of_parallel_state()
+    check_context(manifest.seq_length, grid.cp_size)
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     multiple = pipeline if virtual > 1 else 1
+    sizes.check(micro_batch_size * grid.dp_size * multiple, "rampup_batch_size")
     engine = EvolvedSampling(
         config,
         manifest,
         grid,
-        meta_batch=global_batch_size,
+        meta_batch=sizes,
         micro_batch=micro_batch_size,
         train_samples=train_samples,
         micro_batch_multiple=multiple,
         warm_start=warm_start,
     )
-    check_micro_batches(engine.plan, micro_batch_size * grid.dp_size, pipeline, virtual)
-    check_merged(config, manifest.seq_length, len(engine.own), micro_batch_size, multiple)
-    check_scoring_size(config, len(engine.own), pipeline, virtual)
-    warn_without_stages(engine.scorer)
-    lag, feed = engine.epochs.read_ahead(workers * prefetch), None
-    if rows is not None and reads_data(model_config):
-        feed = MetaBatchFeed(rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=lag)
+    _check_sizes(engine, pipeline, virtual)
+    feed = _feed_of(engine, rows, model_config, workers, prefetch)
     sampling = MegatronCoreSampling(engine, feed, source, loss_mask_of)
     if optimizer is not None:
         sampling.finish_with(optimizer)
     return sampling
 
 
-def check_scoring_size(config: EvolvedSamplingConfig, own: int, pipeline: int, virtual: int) -> None:
-    """Refuse a scoring micro-batch that does not divide a rank's share or leaves too few for interleaved stages.
+def _feed_of(
+    engine: EvolvedSampling, rows: Rows | None, model_config: Any, workers: int, prefetch: int
+) -> MetaBatchFeed | None:
+    check_packing(engine.config, rows, engine.grid)
+    lag = engine.epochs.read_ahead(workers * prefetch)
+    if rows is None or not reads_data(model_config):
+        return None
+    return MetaBatchFeed(rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=lag)
 
-    Raises:
-        ConfigError: names the sizes that would do.
-    """
-    size = config.scorer.micro_batch_size
-    if size is None:
-        return
-    multiple = pipeline if virtual > 1 else 1
-    if own % size or (own // size) % multiple:
-        fitting = [s for s in range(1, own + 1) if own % s == 0 and (own // s) % multiple == 0]
-        raise ConfigError(
-            f"`scorer.micro_batch_size` must cut a rank's {own} sequences into a multiple of {multiple} "
-            f"micro-batches, but is {size} instead. Use one of {fitting}."
-        )
+
+def _check_sizes(engine: EvolvedSampling, pipeline: int, virtual: int) -> None:
+    """Refuse sizes that the schedules cannot be called with."""
+    own, multiple = len(engine.own), pipeline if virtual > 1 else 1
+    check_micro_batches(engine.plan, engine.micro_batch * engine.grid.dp_size, pipeline, virtual)
+    check_merged(engine.config, engine.manifest.seq_length, own, engine.micro_batch, multiple)
+    check_scoring_size(engine.config, own, pipeline, virtual)
+    warn_without_stages(engine.scorer)

@@ -29,6 +29,7 @@ from es_megatron.frameworks.arguments import Switches, read_switches
 from es_megatron.frameworks.audit import Audit
 from es_megatron.frameworks.data_check import FIRST_SECONDS, DataCheck, check_components
 from es_megatron.frameworks.feed import MetaBatchFeed
+from es_megatron.frameworks.first_rank import from_first_rank
 from es_megatron.frameworks.megatron_core import MegatronCoreSampling, attach
 from es_megatron.frameworks.megatron_lm_data import (
     ComponentRows,
@@ -41,6 +42,7 @@ from es_megatron.frameworks.megatron_lm_data import (
 )
 from es_megatron.frameworks.megatron_lm_settings import (
     Length,
+    PassingCheckpoints,
     StartingPoint,
     check_settings,
     find_start,
@@ -68,6 +70,7 @@ class Dialect:
     """Settings of the model, to be refused where scoring would be wrong."""
     state_folder: Callable[[Namespace, int], Path]
     """Where `es_state` of an iteration is saved."""
+    switches: Callable[[Namespace], Switches] = read_switches
 
 
 @dataclass
@@ -116,7 +119,7 @@ def start(dialect: Dialect) -> None:
         EsError: on every rank, what cannot work.
     """
     args: Namespace = importlib.import_module(dialect.home).get_args()
-    switches = read_switches(args)
+    switches = dialect.switches(args)
     if switches.config is None or getattr(args, "skip_train", False) or _run is not None:
         return
     dialect.check(args, switches.config)
@@ -148,10 +151,11 @@ def _begin(args: Namespace, dialect: Dialect, switches: Switches, manifest: Mani
         manifest,
         None,
         model_config=dialect.model_config(args),
-        global_batch_size=args.global_batch_size,
+        global_batch_size=length.ramp.full,
         micro_batch_size=args.micro_batch_size,
         train_samples=length.samples,
         workers=args.num_workers,
+        ramp=length.ramp.after(at.started_at),
     )
     engine = sampling.engine
     totals = RunTotals(len(manifest.components), engine.meta_batch)
@@ -214,7 +218,7 @@ def take_training_data(dataset: Any) -> Any:
             workers=run.args.num_workers,
             mask_lag=engine.epochs.lag,
         )
-    return UnreadLoader()
+    return UnreadLoader(len(dataset))
 
 
 def wrap_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,15 +251,23 @@ def finish_step(*, skipped: bool, leaving: bool) -> None:
         _run.audit.write(_run.iteration, record)
 
 
+def skip_step() -> bool:
+    """Pass over an iteration that Megatron skips: the data order moves on, and nothing else. False while it is off."""
+    if _run is not None:
+        _run.sampling.engine.draw()
+        _run.sampling.finish(False)
+    return _run is not None
+
+
 def state_saved(iteration: int, non_persistent: bool) -> AbstractContextManager[Any]:
     """Write `es_state/` into the checkpoint's folder, before Megatron writes its own files inside the `with`.
 
     Raises:
         CheckpointError: it cannot be written, or Megatron saves at another iteration than ours.
     """
-    if _run is None or non_persistent:
+    if _run is None:
         return nullcontext()
-    engine = _run.sampling.engine
+    engine, passing = _run.sampling.engine, PassingCheckpoints.of_save(_run.args) if non_persistent else None
     if iteration != _run.iteration:
         raise CheckpointError(
             f"Megatron saves at iteration {iteration}, but Evolved Sampling is at {_run.iteration}: a step was not "
@@ -263,6 +275,8 @@ def state_saved(iteration: int, non_persistent: bool) -> AbstractContextManager[
         )
     _run.data.agree()
     folder = _run.dialect.state_folder(_run.args, iteration)
+    if passing is not None:
+        folder = passing.make_room(iteration, first=engine.grid.world_rank == 0)
     report = engine.save(folder, totals=_run.totals.state_dict(), started_at=_run.started_at)
     if engine.grid.world_rank == 0:
         _say(f"es: saved scores of iteration {iteration}, {report.bytes} bytes in {report.seconds:.2f} s")
@@ -288,7 +302,7 @@ def correct_auxiliary_losses() -> None:
     """Before Megatron logs an iteration: it will divide sums over k micro-batches by their number in a plain run, m."""
     record = None if _run is None else _run.sampling.engine.last
     if _run is not None and record is not None:
-        auxiliary_losses.rescale(_run.sampling.engine.meta_batch / len(record.chosen))
+        auxiliary_losses.rescale(len(record.drawn) / len(record.chosen))
 
 
 def log(iteration: int) -> None:
@@ -307,7 +321,7 @@ def log(iteration: int) -> None:
     losses = {"meta-batch loss": record.meta_loss, "trained loss": record.chosen_loss}  # a free scorer has no first one
     parts = [
         f"es: iteration {iteration:8d}/{_run.args.train_iters:8d}",
-        f"es kept: {len(record.chosen)}/{engine.meta_batch}",
+        f"es kept: {len(record.chosen)}/{len(record.drawn)}",
         *(f"{name}: {loss:.6E}" for name, loss in losses.items() if math.isfinite(loss)),
         f"saved so far: {saved:.1%}",
         f"tokens forwarded: {scored + trained:.3f} M",
@@ -384,17 +398,3 @@ MEGATRON_LM = Dialect(
     model_config=lambda args: args,
     state_folder=_checkpoint_folder,
 )
-
-
-def from_first_rank(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on rank 0, on every rank; what it raises there is raised on every rank."""
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            box = [compute()]
-        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it
-            box = [error]
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return box[0]

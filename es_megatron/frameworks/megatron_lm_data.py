@@ -215,24 +215,41 @@ def make_samples(manifest: Manifest, rows: Sequence[SplitRows], dataset: Any) ->
     return ComponentRows(manifest, [take_rows(part, each) for part, each in zip(parts, rows, strict=True)])
 
 
+def lengths_of(rows: OneEpochDataset, row: int) -> list[int]:
+    """List how many of the T + 1 tokens of a row each of its sequences has, in order (GPT data: one a document)."""
+    size, starts = rows.file.dtype.itemsize, rows.file.sequence_starts()
+    first, last = (row * rows.seq_length * size, (row + 1) * rows.seq_length * size)
+    low, high = np.searchsorted(starts, [first, last], "right")
+    lengths = np.diff(np.append(starts[low:high], last + size), prepend=first) // size
+    return lengths[lengths > 0].tolist()
+
+
 class RowLookup:
     """Stands where upstream's dataset looks up the tokens of a sample."""
 
-    def __init__(self, rows: SplitRows, answers: int) -> None:
-        """Remember how many things upstream's own function returns: tokens, documents and, since 0.20, lengths."""
-        self._rows, self._answers = rows, answers
+    def __init__(self, rows: SplitRows, answers: int, *, packed: bool = False) -> None:
+        """Remember what upstream's own function returns.
+
+        Args:
+            rows: of the component.
+            answers: how many things: tokens, documents and, since 0.19, how many tokens each document has.
+            packed: whether those are looked at.
+        """
+        self._rows, self._answers, self._packed = rows, answers, packed
 
     def __call__(self, row: int) -> tuple[Any, ...]:
         """Tokens of a row, int64 [T + 1], and what else upstream expects beside them."""
         tokens: npt.NDArray[np.int64] = self._rows.window(row)
-        return (tokens, np.zeros(0, np.int64), [len(tokens)])[: self._answers]
+        lengths = lengths_of(self._rows, row) if self._packed else [len(tokens)]
+        return (tokens, np.zeros(0, np.int64), lengths)[: self._answers]
 
 
 def take_rows(dataset: Any, rows: SplitRows) -> Any:
     """Copy upstream's dataset; item r of the copy is made from row r."""
     view = copy.copy(dataset)
     answers = len(dataset._query_document_sample_shuffle_indices(0))
-    view._query_document_sample_shuffle_indices = RowLookup(rows, answers)
+    packed = bool(getattr(dataset.config, "inter_document_masking", False))
+    view._query_document_sample_shuffle_indices = RowLookup(rows, answers, packed=packed)
     # Older versions cache one mask and write into it where a label is the padding id: a sample would depend on those
     # read before it.
     view.masks_and_position_ids_are_cacheable = False
@@ -241,6 +258,14 @@ def take_rows(dataset: Any, rows: SplitRows) -> Any:
 
 class UnreadLoader:
     """Stands in Megatron's training loop for a loader; samples come from a loader of our own."""
+
+    def __init__(self, length: int = 1) -> None:
+        """Be as long as the dataset whose place it takes."""
+        self._length = length
+
+    def __len__(self) -> int:
+        """Return the length of the dataset."""
+        return self._length
 
     def __iter__(self) -> UnreadLoader:
         """Be the iterator, too."""
@@ -254,5 +279,5 @@ class UnreadLoader:
         """
         raise ConfigError(
             "Training data is read outside the forward-backward schedule, where Evolved Sampling cannot provide it. "
-            "Leave out the flag that does so (such as `--iterations-to-skip`), or run with --no-es."
+            "Leave out the flag that does so, or run with --no-es."
         )

@@ -88,6 +88,11 @@ def finish_step(original: Function) -> Function:
     return replacement
 
 
+def skip_step(original: Function) -> Function:
+    """An iteration that Megatron skips (`--iterations-to-skip`) reads none of our data."""
+    return lambda *args, **kwargs: None if megatron_lm.skip_step() else original(*args, **kwargs)
+
+
 def save(original: Function) -> Function:
     """`es_state/` is written first, so that it is there when the tracker file names the iteration."""
 

@@ -104,7 +104,7 @@ def take_training_data(dataset: Any) -> Any:
         rows = open_data(_job.dialect, _job.args)[1]
         made = _job.dialect.make_samples(sampling.engine.manifest, rows, dataset)
         sampling.feed = RowFeed(made, sampling.engine.sampler, sampling.engine.own)
-    return UnreadLoader()
+    return UnreadLoader(len(dataset))
 
 
 def wrap_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ from typing import Any, NamedTuple
 from es_megatron.algorithm.pruners import PRUNERS
 from es_megatron.checkpoint.sealed import parse_json
 from es_megatron.config import EvolvedSamplingConfig
+from es_megatron.data.ramp import Ramp
 from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.refusals.megatron_lm import MEGATRON_LM
 from es_megatron.refusals.model import MODEL
@@ -73,10 +77,27 @@ def find_start(args: Namespace) -> StartingPoint:
     """
     if not args.load or args.finetune:
         return StartingPoint(0, None, 0)
-    iteration = loaded_iteration(args)
-    if iteration is None:
+    iteration, passing = loaded_iteration(args), PassingCheckpoints.of_load(args)
+    newest = None if passing is None else passing.newest()
+    if passing is not None and newest is not None and newest >= (iteration or 0):
+        iteration, folder = newest, passing.state_folder(newest)
+    elif iteration is None:
         return StartingPoint(0, None, 0)
-    folder = Path(args.load) / f"iter_{iteration:07d}" / "es_state"
+    else:
+        return start_of_folder(Path(args.load), iteration)
+    return _start_of(folder, iteration)
+
+
+def start_of_folder(folder: Path, iteration: int) -> StartingPoint:
+    """What a run goes on from that loads an iteration of a folder of checkpoints.
+
+    Raises:
+        CheckpointError: the state in it cannot be read.
+    """
+    return _start_of(folder / f"iter_{iteration:07d}" / "es_state", iteration)
+
+
+def _start_of(folder: Path, iteration: int) -> StartingPoint:
     if not (folder / "manifest.json").is_file():
         return StartingPoint(iteration, None, iteration)
     state = parse_json((folder / "state.json").read_bytes(), folder / "state.json")
@@ -89,15 +110,66 @@ def loaded_iteration(args: Namespace) -> int | None:
     Raises:
         CheckpointError: its tracker file holds something else.
     """
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    told = str(getattr(args, "ckpt_step", None) or "")
-    if not told:
-        told = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else "release"
+    step = getattr(args, "ckpt_step", None)
+    return int(step) if step else tracked_iteration(Path(args.load))
+
+
+def tracked_iteration(folder: Path) -> int | None:
+    """Iteration that Megatron's tracker file in a folder names, None for a release or where there is none.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    told = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else "release"
     if told == "release":
         return None
     if not told.isdigit():
         raise CheckpointError(f"`{tracker}` must hold an iteration, but holds {told!r} instead. Restore it.")
     return int(told)
+
+
+@dataclass(frozen=True)
+class PassingCheckpoints:
+    """Megatron's non-persistent checkpoints of type `global`, of which it keeps the newest.
+
+    Scores stand beside them, not in them: Megatron removes all but the newest `iter_*` before it writes the next, and
+    one that has nothing but scores in it yet would count as that.
+    """
+
+    folder: Path
+
+    @staticmethod
+    def of_load(args: Namespace) -> PassingCheckpoints | None:
+        """Those that Megatron looks at when it loads; None where it does not."""
+        return PassingCheckpoints._of(args, args.load)
+
+    @staticmethod
+    def of_save(args: Namespace) -> PassingCheckpoints | None:
+        """Those that it writes; None where it does not."""
+        return PassingCheckpoints._of(args, args.save)
+
+    @staticmethod
+    def _of(args: Namespace, beside: str | None) -> PassingCheckpoints | None:
+        if getattr(args, "non_persistent_ckpt_type", None) != "global" or not beside:
+            return None
+        return PassingCheckpoints(Path(args.non_persistent_global_ckpt_dir or Path(beside) / "non_persistent"))
+
+    def newest(self) -> int | None:
+        """Iteration of the one that is complete, None where there is none."""
+        return tracked_iteration(self.folder)
+
+    def state_folder(self, iteration: int) -> Path:
+        """Where the scores of one are."""
+        return self.folder / f"es_state_{iteration:07d}"
+
+    def make_room(self, iteration: int, *, first: bool) -> Path:
+        """Where to write the scores of one; the first rank removes those of checkpoints that Megatron has removed."""
+        newest = self.newest() if first else None
+        for old in self.folder.glob("es_state_*"):
+            if newest is not None and old.name < self.state_folder(newest).name:
+                shutil.rmtree(old)
+        return self.state_folder(iteration)
 
 
 def sized_by_call(schedule: Callable[..., Any], args: Namespace) -> Callable[..., Any]:
@@ -117,13 +189,20 @@ def sized_by_call(schedule: Callable[..., Any], args: Namespace) -> Callable[...
     return sized
 
 
-def refuse_arguments(args: Namespace, rows: Sequence[Refusal], config: EvolvedSamplingConfig) -> None:
+def flag_of(name: str) -> str:
+    """How an argument is spelled on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse_arguments(
+    args: Namespace, rows: Sequence[Refusal], config: EvolvedSamplingConfig, spell: Callable[[str], str] = flag_of
+) -> None:
     """Refuse arguments that some rows of the table, or those about the model, do not allow.
 
     Raises:
         ConfigError: names the flag, why, and the cure.
     """
-    refuse((*rows, *MODEL), lambda name: getattr(args, name, None), config, lambda name: f"--{name.replace('_', '-')}")
+    refuse((*rows, *MODEL), lambda name: getattr(args, name, None), config, spell)
 
 
 DECAYS = ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
@@ -140,6 +219,8 @@ class Length:
     """Iterations of the whole plain run."""
     given: dict[str, int | None]
     """The arguments that say it."""
+    ramp: Ramp
+    """Size of each meta-batch, by Megatron's iterations."""
 
     def shorten(self, args: Namespace, iterations: int) -> list[str]:
         """Set Megatron's arguments to another number of iterations; the learning-rate schedule ends with them.
@@ -147,10 +228,11 @@ class Length:
         Returns:
             What was changed, in words.
         """
-        share, batch = iterations / self.plain_iterations, args.global_batch_size
+        samples = self.ramp.position(iterations)
+        share = samples / self.ramp.position(self.plain_iterations)
         new: dict[str, int | None] = dict(self.given)
         if self.given["train_samples"]:
-            new["train_samples"] = iterations * batch
+            new["train_samples"] = samples
         else:
             new["train_iters"] = iterations
         for name in DECAYS:
@@ -186,13 +268,47 @@ def plan_length(args: Namespace, at: StartingPoint) -> Length:
     """
     names = [name for name in DECAYS if name != "lr_decay_tokens" or hasattr(args, name)]
     given = {name: getattr(args, name, None) for name in ("train_iters", "train_samples", *names)}
+    ramp = upstream_ramp(args)
     iterations = args.train_iters or (args.train_samples or 0) // args.global_batch_size
-    left = iterations - at.started_at
-    if left < 1:
+    if ramp is not None:
+        iterations, ramp = ramp
+    else:
+        ramp = Ramp(args.global_batch_size)
+    if iterations <= at.started_at:
         raise ConfigError(
             f"The run must go on beyond iteration {at.started_at}, where Evolved Sampling starts, but has {iterations} "
             "iterations. Raise `--train-iters` (or `--train-samples`), or run with --no-es."
         )
     if at.started_at:
         args.override_opt_param_scheduler = True
-    return Length(left * args.global_batch_size, iterations, given)
+    return Length(ramp.position(iterations) - ramp.position(at.started_at), iterations, given, ramp)
+
+
+def upstream_ramp(args: Namespace) -> tuple[int, Ramp] | None:
+    """Iterations of the plain run and the size of each, by Megatron's own calculator; None without a ramp-up.
+
+    Raises:
+        ConfigError: a run that ends before the full size is reached, or whose sizes do not grow.
+    """
+    flags = ("rampup_batch_size", "step_batch_size_schedule")
+    given = next((name for name in flags if getattr(args, name, None)), None)
+    if given is None:
+        return None
+    plain = copy.copy(args)
+    importlib.import_module("megatron.training.training").update_train_iters(plain)
+    calculator = importlib.import_module("megatron.core.num_microbatches_calculator")
+    sizes, drawn = list[int](), 0
+    for _ in range(plain.train_iters):
+        calculator.update_num_microbatches(drawn, consistency_check=False)
+        sizes.append(int(calculator.get_current_global_batch_size()))
+        drawn += sizes[-1]
+    calculator.update_num_microbatches(0, consistency_check=False)
+    ramp = Ramp.of_sizes(sizes)
+    flag = f"--{given.replace('_', '-')}"
+    if given == "rampup_batch_size" and ramp.full < args.global_batch_size:
+        raise ConfigError(
+            f"`{flag}` must end within the run, whose last batch has {ramp.full} of {args.global_batch_size} "
+            "sequences. Give it fewer samples, or raise `--train-samples`."
+        )
+    ramp.check(args.micro_batch_size * args.data_parallel_size, flag)
+    return plain.train_iters, ramp

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from es_megatron.rank_grid import RankGrid
 from es_megatron.scoring import Scorer
 
 Float32 = npt.NDArray[np.float32]
@@ -41,21 +42,41 @@ def scored_part(batches: list[dict[str, Tensor]], scorer: Scorer) -> list[dict[s
     return [shortened(batch, scorer.tokens(batch["labels"].shape[1])) for batch in batches]
 
 
+def by_sequence(output: Tensor, sequences: int) -> Tensor:
+    """Token losses by sequence, `[b, T]`, also where rows were packed into one, `[1, b * T]`."""
+    return output.reshape(sequences, -1) if output.dim() == 2 and output.shape[0] == 1 else output
+
+
+def sequence_sums(output: Tensor, mask: Tensor, tokens: int | None = None) -> Tensor:
+    """Sum of token losses of each sequence under its mask, and what that counts, detached.
+
+    Args:
+        output: token losses `[b, T]`; T are those of this rank, where ranks share a sequence.
+        mask: `[b, T]` or of as many elements.
+        tokens: only the first ones count; None: all.
+
+    Returns:
+        float32 `[2, b]`.
+    """
+    loss_BT = output.detach().float()
+    mask_BT = mask.detach().reshape(loss_BT.shape).float()
+    loss_BT, mask_BT = loss_BT[:, :tokens], mask_BT[:, :tokens]
+    return torch.stack([torch.where(mask_BT > 0, loss_BT * mask_BT, 0.0).sum(dim=1), mask_BT.sum(dim=1)])
+
+
 def sequence_losses(output: Tensor, mask: Tensor, tokens: int | None = None) -> Tensor:
     """Mean token loss of each sequence under its mask, detached; nan where no token counts.
 
     Args:
-        output: token losses `[b, T]`.
+        output: token losses `[b, T]`, of whole sequences.
         mask: `[b, T]` or of as many elements.
         tokens: only the first ones count; None: all.
 
     Returns:
         float32 `[b]`.
     """
-    loss_BT = output.detach().float()
-    mask_BT = mask.detach().reshape(loss_BT.shape).float()
-    loss_BT, mask_BT = loss_BT[:, :tokens], mask_BT[:, :tokens]
-    return torch.where(mask_BT > 0, loss_BT * mask_BT, 0.0).sum(dim=1) / mask_BT.sum(dim=1)
+    loss_B, count_B = sequence_sums(output, mask, tokens)
+    return loss_B / count_B
 
 
 def padded(ids: Int64, share: int, multiple: int) -> Int64:
@@ -67,6 +88,25 @@ def padded(ids: Int64, share: int, multiple: int) -> Int64:
 def join(found: list[Tensor]) -> Float32 | None:
     """Losses of all micro-batches as one CPU array, along the last axis; None where this stage has none."""
     return torch.cat(found, dim=-1).float().cpu().numpy() if found else None
+
+
+def means_of(found: list[Tensor], grid: RankGrid) -> Float32 | None:
+    """Mean losses from sums that each rank has over its tokens; collective over the ranks that share a sequence.
+
+    Args:
+        found: of each micro-batch, float32 `[2, b]` of `sequence_sums`, or `[3, b]` with `norm_sums` under them.
+        grid: this rank's place.
+
+    Returns:
+        float32[n], nan where no token counts; float32[2, n] with the bounds of gradient norms; None on stages without
+        losses.
+    """
+    sums = join(found)
+    if sums is None:
+        return None
+    loss, count, *squares = grid.sum_over_cp(sums)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.stack([loss / count, np.sqrt(squares[0]) / count]) if squares else loss / count
 
 
 @contextmanager

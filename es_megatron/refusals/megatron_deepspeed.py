@@ -20,6 +20,12 @@ MEGATRON_DEEPSPEED: tuple[Refusal, ...] = (
     Refusal("mos", DISTILLATION),
     Refusal("compression_training", "compression has not been tried"),
     Refusal(
+        "iterations_to_skip",
+        "skipped iterations read training data outside the schedule",
+        applies=lambda setting: is_given(setting("iterations_to_skip")),
+    ),
+    Refusal("rampup_batch_size", "a batch that grows has not been tried there", cure="use Megatron-LM for that"),
+    Refusal(
         "train_tokens",
         "the run would end at the shorter of two lengths, and one is planned",
         cure="drop `--train-tokens` and keep `--train-samples` or `--train-iters`, set to tokens / sequence length "
@@ -34,6 +40,13 @@ MEGATRON_DEEPSPEED: tuple[Refusal, ...] = (
         cure="use Megatron-LM for those",
         must="1",
         applies=lambda setting: is_above_one([setting("num_experts"), setting("num_moe_experts")]),
+    ),
+    Refusal(
+        "ds_sequence_parallel_size",
+        "ranks that share a sequence are not told apart there, and its losses would be spread over them",
+        cure="use tensor or pipeline parallelism, or Megatron-LM with context parallelism",
+        must="1",
+        applies=lambda setting: is_above_one([setting("ds_sequence_parallel_size"), setting("context_parallel_size")]),
     ),
     Refusal("return_data_index", "a sample has tokens alone"),
     Refusal("use_dataset_only", "a sample has tokens alone"),

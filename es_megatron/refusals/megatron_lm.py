@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from es_megatron.refusals.table import Refusal, is_given, is_on
+from es_megatron.refusals.table import Refusal, is_above_one, is_given, is_on, words
 
-SAME_BATCH = "the meta-batch must stay the same through the run"
 UNTRIED = "it has not been tried"
 DISTILLATION = "distillation has not been tried"
 
 MEGATRON_LM: tuple[Refusal, ...] = (
-    Refusal(
-        "rampup_batch_size",
-        SAME_BATCH,
-        cure="drop it, and begin with the final global batch size (a lower rate or a longer warm-up helps)",
-    ),
-    Refusal("step_batch_size_schedule", SAME_BATCH),
-    Refusal("decrease_batch_size_if_needed", SAME_BATCH),
-    Refusal(
-        "iterations_to_skip",
-        "skipped iterations read training data outside the schedule",
-        applies=lambda setting: is_given(setting("iterations_to_skip")),
-    ),
+    Refusal("decrease_batch_size_if_needed", "the size of the meta-batch would depend on the number of ranks"),
     Refusal("phase_transition_iterations", "a phase begins anew in its own data order"),
     Refusal("perform_rl_step", "training data is made during the run, so no sample comes back"),
     Refusal("sft", "packed samples are not rows of a one-epoch packing", cure="use the pretraining data path"),
@@ -35,8 +23,26 @@ MEGATRON_LM: tuple[Refusal, ...] = (
         "sequences of a batch would be regrouped",
         cure="use tensor or pipeline parallelism",
     ),
-    Refusal("dataloader_inter_document_masking", "packed sequences have not been tried"),
-    Refusal("non_persistent_save_interval", "scores are saved with persistent checkpoints only"),
+    Refusal(
+        "dataloader_inter_document_masking",
+        "context-parallel ranks share a whole micro-batch of packed rows, not each of them",
+        cure="use one of the two",
+        must="off with `--context-parallel-size` above 1",
+        applies=lambda setting: (
+            is_on(setting("dataloader_inter_document_masking")) and is_above_one(setting("context_parallel_size"))
+        ),
+    ),
+    Refusal("dataloader_inter_document_masking", "the documents of a packed row would be cut", "first tokens"),
+    Refusal("dataloader_inter_document_masking", "packed rows have not been tried with it", "merged"),
+    Refusal(
+        "non_persistent_save_interval",
+        "checkpoints in memory or on local disks have no folder for scores that other nodes could read",
+        cure="give `--non-persistent-ckpt-type global`",
+        must="off without `--non-persistent-ckpt-type global`",
+        applies=lambda setting: (
+            is_on(setting("non_persistent_save_interval")) and words(setting("non_persistent_ckpt_type")) != ["global"]
+        ),
+    ),
     Refusal("ckpt_convert_format", "a conversion does not train"),
     Refusal("freeze_all_layers", "nothing is trained"),
     Refusal("use_megatron_fsdp", UNTRIED),

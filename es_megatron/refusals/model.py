@@ -156,8 +156,9 @@ MODEL: tuple[Refusal, ...] = (
     ),
     Refusal(
         "context_parallel_size",
-        "ranks that share a sequence are not told apart yet, and its losses would be spread over them",
-        cure="use tensor or pipeline parallelism, with sequence parallelism for long sequences",
+        "which of a rank's tokens are among the first ones of a sequence is upstream's to say",
+        "first tokens",
+        "use tensor or pipeline parallelism",
         must="1",
         applies=lambda setting: is_above_one(setting("context_parallel_size")),
     ),

@@ -19,21 +19,23 @@ from es_megatron.scoring import arm_of, scorer_of
 Setting = Callable[[str], Any]
 """From a setting's name to its value, None where it is not given; numbers, texts, lists, or upstream's enumerations."""
 
-Extent = Literal["order", "selection", "scoring", "merged"]
+Extent = Literal["order", "selection", "scoring", "first tokens", "merged"]
 
 EXTENTS: Mapping[Extent, str] = {
     "order": "with Evolved Sampling",
     "selection": "where fewer sequences are trained",
     "scoring": "with a scoring pass (`fresh`, `prefix`, `every-k`)",
+    "first tokens": "with `scorer: prefix`",
     "merged": "with `scorer.overlap: merged`",
 }
 """Runs that a row holds for: all whose data order is ours, those that select, those that make a scoring pass, those
-that make it in the pass that trains."""
+whose pass reads the first tokens alone, those that make it in the pass that trains."""
 
 WAYS_OUT: Mapping[Extent, str] = {
     "order": "",
     "selection": ", or use `arm: plain`",
     "scoring": ", or use `scorer: history`, which makes no scoring pass",
+    "first tokens": ", or use another scorer, which reads all tokens",
     "merged": ", or use `scorer.overlap: none`",
 }
 
@@ -125,6 +127,8 @@ def extents_of(config: EvolvedSamplingConfig) -> frozenset[Extent]:
         found.add("selection")
     if scorer_of(config).makes_passes:
         found.add("scoring")
+    if scorer_of(config).shortens:
+        found.add("first tokens")
     if scorer_of(config).merges:
         found.add("merged")
     return frozenset(found)

@@ -47,6 +47,11 @@ def check_deepspeed(settings: DeepSpeedSettings, parallel: ParallelSettings, *, 
             "`virtual_pipeline` must be null with `backend: deepspeed`, which has no interleaved schedule. "
             "Set it to null."
         )
+    if parallel.context > 1:
+        raise ConfigError(
+            f"`context` must be 1 with `backend: deepspeed`, but is {parallel.context} instead: its ranks that share a "
+            "sequence are not told apart. Use 1, or `backend: megatron`."
+        )
     if parallel.sequence_parallel:
         raise ConfigError(
             "`sequence_parallel` must be off with `backend: deepspeed`: norms' gradients are not summed over tensor "

@@ -59,6 +59,7 @@ def initialize(settings: PretrainSettings, *, stages_elsewhere: bool = False) ->
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=1 if stages_elsewhere else parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=parallel.timeout_minutes,
     )
@@ -162,22 +163,51 @@ def forward_step(data_iterator: Iterator[Batch] | None, model: torch.nn.Module) 
         raise DataError("A first or last pipeline stage must get a data iterator, but got None instead. Pass one.")
     device = "cpu" if cpu.installed() else torch.cuda.current_device()
     batch = {key: value.to(device, non_blocking=True) for key, value in next(data_iterator).items()}
+    counted = batch["loss_mask"].sum(dtype=torch.float32)
+    batch = own_part(batch)
     output = model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,  # the model makes the causal one
         labels=batch["labels"],
     )
-    return output, functools.partial(loss_of, batch["loss_mask"])
+    return output, functools.partial(loss_of, batch["loss_mask"], counted=counted)
 
 
-def loss_of(loss_mask_BT: torch.Tensor | None, losses_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean loss over the unmasked tokens of a micro-batch (0 where all are masked), to train on and to report."""
-    if loss_mask_BT is None:
+def own_part(batch: Batch) -> Batch:
+    """This rank's tokens of each sequence, as upstream's attention and position embeddings cut it.
+
+    An early and a late piece, so that causal attention costs every rank the same.
+    """
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if size == 1:
+        return batch
+    tokens = batch["tokens"]
+    pieces = torch.arange(tokens.shape[1], device=tokens.device).view(2 * size, -1)
+    index = torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
+    return {name: tensor.index_select(1, index) for name, tensor in batch.items()}
+
+
+def loss_of(
+    loss_mask_BT: torch.Tensor | None, losses_BT: torch.Tensor, *, counted: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean loss over the unmasked tokens of a micro-batch (0 where all are masked), to train on and to report.
+
+    Args:
+        loss_mask_BT: of this rank's tokens.
+        losses_BT: of its tokens.
+        counted: unmasked tokens of the micro-batch on all ranks that share it, float32.
+
+    Returns:
+        This rank's part of the mean, and the mean.
+    """
+    if loss_mask_BT is None or counted is None:
         raise DataError("Only the last pipeline stage, which reads data, has a loss to average.")
-    mask_N = loss_mask_BT.reshape(-1).float()
-    loss = torch.sum(losses_BT.reshape(-1).float() * mask_N) / mask_N.sum().clamp(min=1)
-    return loss, {"lm loss": loss.detach().clone()}  # a copy: the schedule divides the loss in place
+    loss = torch.sum(losses_BT.reshape(-1).float() * loss_mask_BT.reshape(-1).float()) / counted.clamp(min=1)
+    whole = loss.detach().clone()  # a copy: the schedule divides the loss in place
+    if parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+    return loss, {"lm loss": whole}
 
 
 @contextlib.contextmanager
@@ -220,6 +250,7 @@ def transformer_config(settings: PretrainSettings, *, pipeline: int | None = Non
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=pipeline or parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -294,6 +325,11 @@ def layer_spec(settings: PretrainSettings) -> ModuleSpec:
         raise ConfigError(
             "`sequence_parallel` must be off without CUDA and Transformer Engine: Megatron-Core's norms cannot split "
             "a sequence. Turn it off, or install transformer-engine."
+        )
+    if settings.parallel.context > 1:
+        raise ConfigError(
+            "`context` must be 1 without CUDA and Transformer Engine, whose attention alone reaches over the ranks "
+            f"that share a sequence, but is {settings.parallel.context} instead. Use 1, or install transformer-engine."
         )
     return layer_specs.get_gpt_layer_local_spec(normalization=settings.model.normalization)
 

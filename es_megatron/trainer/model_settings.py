@@ -105,6 +105,9 @@ class ParallelSettings:
     ] = 1
     """Ranks that share the layers among them, >= 1."""
 
+    context: Annotated[int, Spec(">= 1", "ranks", ("context_parallel_size", "cp"))] = 1
+    """Ranks that share each sequence, >= 1; needs Transformer Engine, and sequences that 2 x context cut evenly."""
+
     virtual_pipeline: Annotated[
         int | None, Spec(">= 2", "chunks of a rank", ("virtual_pipeline_model_parallel_size", "vpp"))
     ] = None
@@ -149,6 +152,11 @@ class ParallelSettings:
         """Model chunks on each rank."""
         return self.virtual_pipeline or 1
 
+    @property
+    def ranks(self) -> int:
+        """Ranks that pass one copy of the data through one model."""
+        return self.tensor * self.pipeline * self.context
+
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel size in a world that `check_layout` accepts."""
-        return world_size // (self.tensor * self.pipeline)
+        return world_size // self.ranks

@@ -217,7 +217,8 @@ def _rng_place() -> tuple[tuple[int, int], tuple[int, int], int]:
     """Global shape, own offset and grid of random states: one for each stage and tensor rank."""
     layout = _layout()
     offset = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
-    return (layout["pipeline"], layout["tensor"]), offset, parallel_state.get_data_parallel_rank()
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return (layout["pipeline"], layout["tensor"]), offset, replica
 
 
 def _stored_bytes(state: object) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows, collate
 from es_megatron.frameworks.megatron_core import mask_of_partial
-from es_megatron.frameworks.scoring import join, padded, sequence_losses, traceless
+from es_megatron.frameworks.scoring import means_of, padded, sequence_sums, traceless
 from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer.model import forward_step
 from es_megatron.trainer.settings import PretrainSettings
@@ -85,13 +85,13 @@ class SchedulePasses(NamedTuple):
 
         def scoring_step(*args: Any, **kwargs: Any) -> Any:
             output, loss_func = forward_step(*args, **kwargs)
-            return output, lambda out, non_loss_data=True: sequence_losses(out, mask_of_partial(loss_func))
+            return output, lambda out, non_loss_data=True: sequence_sums(out, mask_of_partial(loss_func))
 
         with traceless(list(self.chunks)), torch.no_grad():
             found = self.run(
                 micro_batches, forward_step_func=scoring_step, forward_only=True, collect_non_loss_data=True
             )
-        return join(found)
+        return means_of(found, self.grid)
 
     def train(self, micro_batches: MicroBatches) -> None:
         """Forward and backward by the schedule that training uses, leaving no trace but gradients."""

@@ -206,6 +206,11 @@ class PretrainSettings:
         pieces = parallel.pipeline * parallel.chunks
         rule = f"a multiple of pipeline size x chunks per rank = {pieces}"
         require(model.num_layers % pieces == 0, "num_layers", rule, model.num_layers)
+        pieces = 2 * parallel.context
+        if parallel.context > 1:
+            require(
+                model.seq_length % pieces == 0, "seq_length", f"a multiple of 2 x context = {pieces}", model.seq_length
+            )
         lag, prefetch = self.evolved_sampling.order.mask_lag, self.data.prefetch
         if lag is not None:
             require(prefetch <= lag, "prefetch", f"at most `order.mask_lag` = {lag}", prefetch)
@@ -288,11 +293,14 @@ def check_layout(settings: PretrainSettings, world_size: int) -> None:
         LayoutError: names the sizes and a cure.
     """
     parallel, training = settings.parallel, settings.training
-    ranks = parallel.tensor * parallel.pipeline
+    ranks = parallel.ranks
     if world_size % ranks != 0:
+        parts = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+        parts |= {"context": parallel.context} if parallel.context > 1 else {}
         raise LayoutError(
-            f"The number of processes must be a multiple of tensor x pipeline = {parallel.tensor} x {parallel.pipeline}"
-            f", but is {world_size} instead. Start {-(-world_size // ranks) * ranks}, or split the model less."
+            f"The number of processes must be a multiple of {' x '.join(parts)} = "
+            f"{' x '.join(map(str, parts.values()))}, but is {world_size} instead. "
+            f"Start {-(-world_size // ranks) * ranks}, or split the model less."
         )
     dp_size = parallel.data_parallel(world_size)
     step = training.micro_batch_size * dp_size

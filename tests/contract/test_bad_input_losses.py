@@ -125,15 +125,19 @@ def test_the_hook_refuses_what_it_cannot_do() -> None:
     wrapped = loop.sampling.wrap(lambda **_: pytest.fail("must not be called"))
     with pytest.raises(ConfigError, match="16 micro-batches of 1, but is called with 8 of 1"):
         wrapped(**loop.call(8), data_iterator=None)
-    from es_megatron.frameworks.megatron_core import check_model, mask_of_partial
+    from es_megatron.frameworks.megatron_core import mask_of_partial
+    from es_megatron.frameworks.megatron_core_checks import check_context, check_model
 
     config = loop.chunks[0].config
+    config.context_parallel_size = 2
     for settings in (es_config(), es_config(preset="paper")):
         check_model(config, settings)
-        config.context_parallel_size = 2
-        with pytest.raises(ConfigError, match="`context_parallel_size` must be 1 with Evolved Sampling, but is 2"):
-            check_model(config, settings)
-        config.context_parallel_size = 1
+    with pytest.raises(ConfigError, match="`context_parallel_size` must be 1 with `scorer: prefix`, but is 2"):
+        check_model(config, es_config(scorer="prefix"))
+    config.context_parallel_size = 1
+    check_context(16, 4)
+    with pytest.raises(ConfigError, match="is 4 with `seq_length` 20 instead"):
+        check_context(20, 4)
     with pytest.raises(ConfigError, match="loss_mask_of"):
         mask_of_partial(lambda output: output)
 

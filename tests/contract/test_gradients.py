@@ -42,6 +42,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "vpp2": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
     "tp2": (2, ("parallel.tensor=2",)),
     "dp2-overlaps": (2, OVERLAPS),
+    "cp2": (2, ("parallel.context=2",)),
+    "cp2-pp2": (4, ("parallel.context=2", "parallel.pipeline=2")),
     "pp2-dp2-overlaps": (4, ("parallel.pipeline=2", *OVERLAPS)),
 }
 
@@ -107,13 +109,36 @@ def test_gradients_are_those_of_the_chosen_sequences(name: str, masks: str) -> N
     check(ranks, overrides, RandomRows(masks))
 
 
-@pytest.mark.parametrize("name", ["vpp2", "tp2", "dp2-overlaps", "pp2-dp2-overlaps"])
+@pytest.mark.parametrize("name", ["vpp2", "tp2", "cp2", "cp2-pp2", "dp2-overlaps", "pp2-dp2-overlaps"])
 def test_gradients_are_those_of_the_chosen_sequences_on_more_layouts(name: str) -> None:
     ranks, overrides = LAYOUTS[name]
     check(ranks, overrides, RandomRows(RAGGED))
 
 
-@pytest.mark.parametrize("name", ["one", "dp2", "pp2", "vpp2"])
+def gradients(settings: Any, rows: RandomRows, per_token: bool) -> list[list[float]]:
+    """Gradients of a parameter that every stage has: that of the first norm of this rank's first chunk."""
+    initialize(settings)
+    loop = Loop(settings, rows, per_token=per_token, gathering=True)
+    name = next(name for name, _ in loop.chunks[0].named_parameters() if "layernorm" in name)
+    found: list[list[float]] = []
+    for _ in range(ITERATIONS):
+        loop.evolve(spoil=lambda loop: found.append(loop.gradient(name)))
+    return found
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("name", ["cp2", "cp2-pp2"])
+def test_ranks_that_share_sequences_have_the_gradients_of_one_rank(name: str, per_token: bool) -> None:
+    ranks, overrides = LAYOUTS[name]
+    (alone,) = run_on_ranks(1, gradients, settings_for(), RandomRows(RAGGED), per_token, timeout=120)
+    told = run_on_ranks(ranks, gradients, settings_for(*overrides), RandomRows(RAGGED), per_token, timeout=120)
+    assert np.abs(alone).max() > 1e-3
+    assert len(told) == ranks
+    for found in told[: ranks if name == "cp2" else 1]:  # of the first stage
+        np.testing.assert_allclose(found, alone, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["one", "dp2", "pp2", "vpp2", "cp2"])
 def test_gradients_normalised_by_tokens_are_those_of_the_chosen_sequences(name: str) -> None:
     ranks, overrides = LAYOUTS[name]
     check(ranks, overrides, RandomRows(RAGGED), per_token=True)
@@ -290,17 +315,18 @@ def test_scores_are_those_of_the_recurrence() -> None:
     assert loop.sampling is not None
     engine = loop.sampling.engine
     told: dict[int, float] = {}
-    sequence_losses = megatron_core.sequence_losses
+    sequence_sums = megatron_core.sequence_sums
     draw = engine.draw
     batches: list[Any] = []
     engine.draw = lambda: batches.append(draw()) or batches[-1]  # pyright: ignore[reportAttributeAccessIssue]
     found: list[torch.Tensor] = []
 
     def noting(*args: Any) -> torch.Tensor:
-        found.append(sequence_losses(*args))
-        return found[-1]
+        sums = sequence_sums(*args)
+        found.append(sums[0] / sums[1])
+        return sums
 
-    megatron_core.sequence_losses = noting
+    megatron_core.sequence_sums = noting
     naive = dict.fromkeys(range(engine.manifest.total), 1 / engine.manifest.total)
     for _ in range(ITERATIONS):
         found.clear()

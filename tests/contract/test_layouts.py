@@ -37,9 +37,11 @@ class Layout(NamedTuple):
 ONE = Layout("one", 1)
 DP2 = Layout("dp2", 2)
 PP2 = Layout("pp2", 2, ("parallel.pipeline=2",))
+CP2 = Layout("cp2", 2, ("parallel.context=2",))
 LAYOUTS = [
     Layout("dp2-workers", 2, ("data.num_workers=2",)),
     PP2,
+    CP2,
     Layout("vpp2-workers", 2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "data.num_workers=2")),
 ]
 SLOW_LAYOUTS = [
@@ -48,6 +50,9 @@ SLOW_LAYOUTS = [
     Layout("tp2", 2, ("parallel.tensor=2",)),
     Layout("dp2-overlaps", 2, OVERLAPS),
     Layout("dp4", 4),
+    Layout("cp2-pp2", 4, ("parallel.context=2", "parallel.pipeline=2")),
+    Layout("cp2-dp2-overlaps", 4, ("parallel.context=2", *OVERLAPS)),
+    Layout("cp2-tp2", 4, ("parallel.context=2", "parallel.tensor=2")),
     Layout("pp2-dp2", 4, ("parallel.pipeline=2",)),
     Layout("vpp2-dp2-overlaps", 4, ("parallel.pipeline=2", "parallel.virtual_pipeline=2", *OVERLAPS)),
     Layout("tp2-pp2", 4, ("parallel.pipeline=2", "parallel.tensor=2")),
@@ -141,8 +146,11 @@ VARIANTS = {
     "microbatch": (DP2, ("selection.granularity=microbatch",)),
     "debiased-floor": (DP2, ("scores.correction=debiased", "selection.weight_floor=0.5")),
     "inclusion": (PP2, ("selection.inclusion_weights=true",)),
+    "history-cp": (CP2, ("scorer=history",)),
+    "inclusion-cp": (CP2, ("selection.inclusion_weights=true",)),
+    "grad-norm-cp": (CP2, ("selection.policy=grad-norm",)),
 }
-FAST = ("shuffled", "history-pp", "every-k", "microbatch")
+FAST = ("shuffled", "history-pp", "every-k", "microbatch", "history-cp")
 
 
 @pytest.mark.timeout(SECONDS + 60)
@@ -162,7 +170,7 @@ def test_arms_and_scorers_choose_alike(name: str, run: Run) -> None:
         np.testing.assert_allclose(history.norm, reference.norm, rtol=1e-4)
     assert {len(set(history.chosen[5])) for history in histories} == {len(set(reference.chosen[5]))}
     assert reference.summary["finished"]
-    assert len({history.checksum for history in histories}) == (1 if layout is PP2 else len(histories))
+    assert len({history.checksum for history in histories}) == (1 if layout in (PP2, CP2) else len(histories))
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from es_megatron.frameworks.megatron_data import (
     open_component,
     open_token_file,
 )
+from es_megatron.frameworks.megatron_lm_data import lengths_of
 
 T = 16
 
@@ -128,6 +129,16 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     builder.finalize(f"{tmp_path / 'a'}.idx")
     _, dataset = open_component("a", tmp_path / "a", 4)
     assert [dataset.documents_of(row) for row in range(4)] == [[0], [0, 1], [1], [1, 2]]
+
+
+def test_lengths_of_the_sequences_in_a_row(files: tuple[Path, list[np.ndarray]]) -> None:
+    prefix, documents = files
+    _, dataset = open_component("a", prefix, T)
+    owner = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
+    found = [lengths_of(dataset, row) for row in range(len(dataset))]
+    expected = [np.unique(owner[r * T : r * T + T + 1], return_counts=True)[1].tolist() for r in range(len(dataset))]
+    assert found == expected
+    assert max(map(len, found)) > 1
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])

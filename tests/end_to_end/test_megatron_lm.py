@@ -12,7 +12,7 @@ import pytest
 from es_megatron.checkpoint.es_state import load_es_state
 from es_megatron.checkpoint.transfer import saved_blend
 from es_megatron.rank_grid import RankGrid
-from tests.megatron_lm_helper import SCORES, Outcome, Site, digest_tensors
+from tests.megatron_lm_helper import MODEL, SCORES, Outcome, Site, digest_tensors
 
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
 
@@ -148,6 +148,69 @@ def test_off_is_bit_identical_to_a_run_without_the_package(site: Site, layout: s
     assert all(each == digests[0] for each in digests)
 
 
+class Growing:
+    """Runs of one checkout whose batch grows from 4 to 16: sizes 4, 8, 12 for the first draws."""
+
+    def __init__(self, site: Site, weights: list[str]) -> None:
+        self.site, self.weights = site, weights
+        old = ["--rampup-batch-size", "4", "4", "40"]
+        # from 0.19 on the old flag is taken and does nothing; the new one gives its own global batch size
+        self.model = MODEL if site.minor_version < 19 else without(MODEL, "--global-batch-size")
+        new = ["--step-batch-size-schedule", f"0:4 {32 * 14}:8 {32 * 27}:12 {32 * 41}:16"]
+        self.flags = ["--train-samples", "720", *SCORES, *(old if site.minor_version < 19 else new)]
+
+    def run(self, name: str, flags: list[str], ranks: int = 1) -> Outcome:
+        model = without(self.model, "--lr-warmup-iters")
+        return succeeded(self.site.run(f"ramp-{name}", [*self.flags, *flags], ranks=ranks, model=model))
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    """Flags without one and its value."""
+    at = flags.index(name)
+    return [*flags[:at], *flags[at + 2 :]]
+
+
+@pytest.fixture(scope="module")
+def growing(site: Site, weights: list[str]) -> Growing:
+    return Growing(site, weights)
+
+
+@pytest.fixture(scope="module")
+def grown(growing: Growing) -> Outcome:
+    return growing.run("one", growing.weights)
+
+
+def test_a_growing_batch_trains_on_everything_and_then_selects(grown: Outcome) -> None:
+    sizes = [len(ids) for ids in grown.chosen().values()]
+    assert "B grows from 4 to 16 over 7 iterations, which train on everything" in grown.text
+    ramp = sizes[:7]
+    assert ramp == [4, 4, 4, 4, 8, 8, 12]
+    assert set(sizes[7:]) == {4, 16}, "and anneals at the end"
+    assert "train_samples 720 -> " in grown.text
+    consumed = grown.values("consumed samples", after=0)
+    assert int(consumed[len(ramp)]) == sum(ramp)
+    assert len(consumed) == len(sizes), "Megatron and the plan end alike"
+
+
+@pytest.mark.parametrize("layout", ["DP2", "PP2"])
+def test_a_growing_batch_has_the_same_sequences_on_every_layout(growing: Growing, grown: Outcome, layout: str) -> None:
+    ranks, flags = LAYOUTS[layout]
+    outcome = growing.run(layout, [*growing.weights, *flags], ranks)
+    assert outcome.chosen() == grown.chosen()
+    assert outcome.meta_losses() == pytest.approx(grown.meta_losses(), rel=2e-6)
+
+
+@pytest.mark.parametrize("stop", [5, 25], ids=["inside", "after"])
+def test_a_growing_batch_resumes(growing: Growing, grown: Outcome, stop: int) -> None:
+    folder = growing.site.root / f"ramp-{stop}"
+    keep = ["--save", str(folder), "--save-interval", "100"]
+    growing.run(f"resume-{stop}", [*keep, *growing.weights, "--exit-interval", str(stop)])
+    second = growing.run(f"resume-{stop}", [*keep, "--load", str(folder)])
+    assert f"goes on at iteration {stop} with the scores saved there" in second.text
+    assert second.chosen() == grown.chosen()
+    assert second.meta_losses() == grown.meta_losses()[stop:]
+
+
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 2), (2, 1)], ids=["DP1", "DP2", "DP2-to-DP1"])
 def test_resume_equals_uninterrupted(
     site: Site, weights: list[str], reference: Outcome, ranks: tuple[int, int]
@@ -168,6 +231,36 @@ def test_resume_equals_uninterrupted(
     if ranks == (1, 1):
         assert norms == whole
         assert second.meta_losses() == reference.meta_losses()[33:]
+
+
+def test_passing_checkpoints_have_scores_too(site: Site, weights: list[str], reference: Outcome) -> None:
+    """`--non-persistent-save-interval`: killed after one of them, the run goes on from it as if nothing had been."""
+    folder = site.root / "passing"
+    keep = [*LENGTH, *SCORES, "--save", str(folder), "--save-interval", "20", "--non-persistent-save-interval", "7"]
+    keep += ["--non-persistent-ckpt-type", "global", "--exit-interval"]
+    first = succeeded(site.run("passing", [*keep, "20", *weights]))
+    assert max(first.chosen()) == 20
+    beside = folder / "non_persistent"
+    assert [each.name for each in sorted(beside.glob("es_state_*"))] == ["es_state_0000007", "es_state_0000014"]
+    assert [each.name for each in sorted(beside.glob("iter_*"))] == ["iter_0000007", "iter_0000014"]
+    (folder / "latest_checkpointed_iteration.txt").unlink()  # as if it had died before iteration 20 was saved
+    second = succeeded(site.run("passing", [*keep, "1000", "--load", str(folder)]))
+    assert "goes on at iteration 14 with the scores saved there" in second.text
+    assert second.chosen() == reference.chosen()
+    assert second.meta_losses() == reference.meta_losses()[14:]
+    assert not (beside / "es_state_0000007").exists()
+
+
+def test_a_skipped_iteration_leaves_no_trace(site: Site, weights: list[str], reference: Outcome) -> None:
+    skipped = 12 if site.minor_version < 19 else 13  # older versions count from 0
+    short = [*LENGTH, *SCORES, *weights, "--exit-interval", "20"]
+    outcome = succeeded(site.run("skipped", [*short, "--iterations-to-skip", str(skipped)]))
+    before, after = reference.chosen(), outcome.chosen()
+    assert sorted(after) == [n for n in range(1, 21) if n != 13]
+    assert {n: ids for n, ids in after.items() if n < 13} == {n: ids for n, ids in before.items() if n < 13}
+    # the samples that would have come in the iterations after it do come there, of other losses by now
+    assert all(set(after[n]) != set(before[13]) for n in range(14, 21))
+    assert len(after[14]) == len(before[14]) == 4
 
 
 def test_plain_checkpoint_is_adopted_and_given_back(site: Site, weights: list[str]) -> None:
@@ -312,12 +405,15 @@ def test_untested_version_runs_and_is_refused_where_that_is_asked_for(
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--iterations-to-skip", "3", "--es"], "`--iterations-to-skip` must be off with Evolved Sampling"),
+        (["--sft", "--es"], "`--sft` must be off with Evolved Sampling"),
         (["--es-selection-keep-ratio", "0.1"], "`selection.keep_ratio` times the meta-batch must be a multiple of 2"),
         (["--es-scores-beta1", "1.5"], "`scores.beta1` must be in [0, 1], but is 1.5 instead"),
-        (["--context-parallel-size", "2", "--es"], "`--context-parallel-size` must be 1 with Evolved Sampling"),
+        (
+            ["--context-parallel-size", "2", "--es-scorer", "prefix"],
+            "`--context-parallel-size` must be 1 with `scorer: prefix`",
+        ),
     ],
-    ids=["skipped-iterations", "keep-ratio", "beta", "context"],
+    ids=["fine-tuning", "keep-ratio", "beta", "context"],
 )
 def test_what_cannot_work_is_refused(site: Site, flags: list[str], told: str) -> None:
     ranks = 2 if "--context-parallel-size" in flags else 1

@@ -44,6 +44,19 @@ def test_everything_in_one_row_or_one_column() -> None:
     assert RankGrid.data_parallel().dp_rank == dist.get_rank()
 
 
+@on_ranks(4)
+def test_ranks_that_share_a_sequence() -> None:
+    places = [[2, 0, 3, 1]]  # two stages, then the same stages of the other half of the sequence
+    grid = RankGrid.of_grid(places, context=2)
+    assert grid.cp_size == 2
+    check_collectives(grid, places)
+    peers = {2: 3, 3: 2, 0: 1, 1: 0}
+    mine = np.asarray([grid.world_rank, 1.0])
+    assert grid.sum_over_cp(mine).tolist() == [grid.world_rank + peers[grid.world_rank], 2.0]
+    assert mine.tolist() == [grid.world_rank, 1.0], "the argument is left alone"
+    assert RankGrid.of_grid(places).sum_over_cp(mine) is mine
+
+
 @on_ranks(3)
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", "float64"])
 def test_sums_are_exact_and_alike(dtype: str) -> None:

@@ -16,6 +16,7 @@ from es_megatron.config_files.existing_run import ExistingRun
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.megatron_lm_settings import refuse_arguments
 from es_megatron.refusals.deepspeed import DEEPSPEED
+from es_megatron.refusals.megatron_bridge import MEGATRON_BRIDGE
 from es_megatron.refusals.megatron_deepspeed import MEGATRON_DEEPSPEED
 from es_megatron.refusals.megatron_lm import MEGATRON_LM
 from es_megatron.refusals.model import MODEL
@@ -57,7 +58,11 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"mixed_precision": "bf16_mixed"}, NONE),
     ({"quant_recipe": "a.yaml"}, PASSES),
     ({"kitchen_recipe_number": 0}, PASSES),
-    ({"iterations_to_skip": [0]}, ALL),
+    ({"iterations_to_skip": [0]}, NONE),
+    ({"rampup_batch_size": [16, 16, 300]}, NONE),
+    ({"non_persistent_save_interval": 5, "non_persistent_ckpt_type": "global"}, NONE),
+    ({"non_persistent_save_interval": 5, "non_persistent_ckpt_type": "local"}, ALL),
+    ({"dataloader_inter_document_masking": True}, ("prefix",)),
     ({"cuda_graph_impl": "transformer_engine", "pipeline_model_parallel_size": "$STAGES"}, ALL),
     ({"te_precision_config_file": "a.yaml"}, PASSES),
     ({"use_legacy_models": True}, NONE),
@@ -80,8 +85,8 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"external_cuda_graph": True, "pipeline_model_parallel_size": 2}, ALL),
     ({"overlap_moe_expert_parallel_comm": True}, ALL),
     ({"context_parallel_size": 1}, NONE),
-    ({"context_parallel_size": 2}, ALL),
-    *[({row.name: 8}, ALL) for row in MEGATRON_LM if row.extent == "order"],
+    ({"context_parallel_size": 2}, ("prefix",)),
+    *[({row.name: 8}, ALL) for row in MEGATRON_LM if row.extent == "order" and row.applies is None],
 ]
 
 
@@ -162,7 +167,7 @@ def test_an_error_names_the_setting_the_reason_and_the_way_out() -> None:
 def test_arms_that_neither_score_nor_select_are_held_by_their_data_order_alone(arm: Any) -> None:
     config = es_config(arm=arm, preset="paper")
     names = {row.name for row in find((*MODEL, *MEGATRON_LM), lambda name: 2, config)}
-    assert {"context_parallel_size", "rampup_batch_size"} <= names
+    assert {"perform_rl_step", "fim_data"} <= names
     assert not {"overlap_moe_expert_parallel_comm", "fp8_recipe"} & names
     assert not list(find(MODEL, {"fp8": "hybrid", "cuda_graph_impl": "local"}.get, config))
 
@@ -177,15 +182,23 @@ these runs:
 - **selecting**: arms that train on fewer sequences than the meta-batch has (all but `plain` and `shortened`);
 - **scoring**: arms with scores whose scorer makes a pass of its own: `fresh`, `prefix`, `every-k`. So not `history`
   (the default), not `external`, and not the arm `uniform`;
+- **prefix**: arms with scores and `scorer: prefix`, whose pass reads the first tokens of each sequence alone;
 - **merged**: those with `scorer.overlap: merged`.
 
 What is not in the table is allowed. FP8, FP4 and CUDA graphs need a GPU: that these settings pass the checks, and are
 refused where they must be, is tested; how they train with Evolved Sampling was read in upstream's source and not run.
 """
-RUNS = {"order": "all", "selection": "selecting", "scoring": "scoring", "merged": "merged"}
+RUNS = {
+    "order": "all",
+    "selection": "selecting",
+    "scoring": "scoring",
+    "first tokens": "prefix",
+    "merged": "merged",
+}
 TABLES = {
     "Models of Megatron-Core": MODEL,
     "Megatron-LM": MEGATRON_LM,
+    "Megatron-Bridge, besides those of Megatron-LM": MEGATRON_BRIDGE,
     "Megatron-DeepSpeed, besides those of Megatron-LM": MEGATRON_DEEPSPEED,
     "DeepSpeed's engines": DEEPSPEED,
 }

@@ -36,8 +36,8 @@ ESWP = ("--es-pruning-ratio", "0.2", "--passes", "3")
 CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "dense_7b.sh": (ESWP, 0),
     "moe_slurm.sh": ((*ESWP, "--es-selection-inclusion-weights"), 0),
-    "long_context.sh": (ESWP, 1),
-    "ramp_up.sh": (ESWP, 1),
+    "long_context.sh": (ESWP, 0),
+    "ramp_up.sh": (ESWP, 0),
     "virtual_stages.sh": (ESWP, 0),
     "fp8_graphs.sh": (("--es-preset", "paper"), 1),
     "megatron_deepspeed.sh": (("--es-scorer", "every-k"), 0),

@@ -32,7 +32,22 @@ def found(report: Report, severity: str) -> str:
 @pytest.mark.parametrize(
     ("more", "severity", "told"),
     [
-        ("--context-parallel-size 2", "REFUSE", "its losses would be spread over them"),
+        ("--context-parallel-size 2 --es-scorer prefix", "REFUSE", "is upstream's to say"),
+        ("--context-parallel-size 2", "OK", "precision, CUDA graphs and parallelism"),
+        (
+            "--context-parallel-size 4 --seq-length 4100",
+            "REFUSE",
+            "into 8 equal pieces, two for each rank. Cure: use 4096",
+        ),
+        (
+            "--rampup-batch-size 4 4 2000 --train-samples 90000",
+            "OK",
+            "B grows from 4 over 112 iterations, which train on",
+        ),
+        ("--rampup-batch-size 2 2 2000 --train-samples 90000", "REFUSE", "must be a multiple of 4"),
+        ("--rampup-batch-size 4 7 2000 --train-samples 90000", "REFUSE", "an increment that divides 60"),
+        ("--deepspeed --rampup-batch-size 4 4 2000", "REFUSE", "a batch that grows has not been tried there"),
+        ("--deepspeed --ds-sequence-parallel-size 2", "REFUSE", "are not told apart there"),
         ("--context-parallel-size 1", "OK", "precision, CUDA graphs and parallelism"),
         ("--fp8-hybrid --es-scorer fresh", "REFUSE", "`--fp8-recipe delayed`: delayed scaling keeps a history"),
         ("--dataloader-type external", "REFUSE", "sample ids"),

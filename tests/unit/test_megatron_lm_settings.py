@@ -25,6 +25,7 @@ from es_megatron.frameworks.megatron_lm_data import (
     SplitRows,
     UnreadLoader,
     check_parts,
+    lengths_of,
     make_samples,
     name_sources,
     open_rows,
@@ -32,6 +33,7 @@ from es_megatron.frameworks.megatron_lm_data import (
     weigh_sources,
 )
 from es_megatron.frameworks.megatron_lm_settings import (
+    PassingCheckpoints,
     StartingPoint,
     check_settings,
     find_start,
@@ -127,8 +129,15 @@ def test_run_that_is_over() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"rampup_batch_size": ["16", "16", "300"]}, "`--rampup-batch-size` must be off with Evolved Sampling"),
-        ({"iterations_to_skip": [3]}, "`--iterations-to-skip` must be off"),
+        (
+            {"decrease_batch_size_if_needed": True},
+            "`--decrease-batch-size-if-needed` must be off with Evolved Sampling",
+        ),
+        ({"non_persistent_save_interval": 5}, "must be off without `--non-persistent-ckpt-type global`"),
+        (
+            {"dataloader_inter_document_masking": True, "context_parallel_size": 2},
+            "share a whole micro-batch of packed",
+        ),
         ({"sft": True}, "`--sft` must be off"),
         ({"dataloader_type": "external"}, "`--dataloader-type` must be single or cyclic"),
     ],
@@ -139,7 +148,12 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], told: str) -> None
 
 
 def test_usual_arguments_are_taken() -> None:
-    check_settings(arguments(rampup_batch_size=None, iterations_to_skip=[], sft=False), es_config())
+    check_settings(arguments(rampup_batch_size=["4", "4", "9"], iterations_to_skip=[3], sft=False), es_config())
+    check_settings(arguments(non_persistent_save_interval=5, non_persistent_ckpt_type="global"), es_config())
+    packed = arguments(dataloader_inter_document_masking=True)
+    check_settings(packed, es_config())
+    with pytest.raises(ConfigError, match="`--dataloader-inter-document-masking` must be off with `scorer: prefix`"):
+        check_settings(packed, es_config(scorer="prefix"))
 
 
 class TestStart:
@@ -163,6 +177,40 @@ class TestStart:
         assert find_start(arguments(load=str(tmp_path))) == StartingPoint(50, str(folder), 10)
         chosen = find_start(arguments(load=str(tmp_path), ckpt_step=20))
         assert (chosen.iteration, chosen.started_at) == (20, 20)
+
+    def test_the_newer_of_persistent_and_passing_checkpoints(self, tmp_path: Path) -> None:
+        def save(folder: Path, iteration: int) -> str:
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text("{}")
+            (folder / "state.json").write_text('{"started_at": 0}')
+            tracker = folder.parent.parent if folder.name == "es_state" else folder.parent
+            (tracker / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+            return str(folder)
+
+        args = arguments(load=str(tmp_path), non_persistent_ckpt_type="global", non_persistent_global_ckpt_dir=None)
+        assert find_start(args) == START
+        kept = save(tmp_path / "iter_0000020" / "es_state", 20)
+        older = save(tmp_path / "non_persistent" / "es_state_0000015", 15)
+        assert find_start(args) == StartingPoint(20, kept, 0)
+        newer = save(tmp_path / "non_persistent" / "es_state_0000025", 25)
+        assert find_start(args) == StartingPoint(25, newer, 0)
+        assert find_start(arguments(load=str(tmp_path))) == StartingPoint(20, kept, 0), "Megatron does not look there"
+        passing = PassingCheckpoints.of_save(Namespace(**{**vars(args), "save": str(tmp_path)}))
+        assert passing is not None
+        unfinished = passing.state_folder(30)
+        unfinished.mkdir()
+        assert passing.make_room(35, first=False) == passing.state_folder(35)
+        assert Path(older).exists(), "one rank removes"
+        passing.make_room(35, first=True)
+        assert not Path(older).exists()
+        assert Path(newer).exists(), "it is what the tracker names"
+        assert unfinished.exists(), "Megatron may still be writing it"
+        elsewhere = arguments(
+            load=str(tmp_path / "none"),
+            non_persistent_ckpt_type="global",
+            non_persistent_global_ckpt_dir=str(tmp_path / "non_persistent"),
+        )
+        assert find_start(elsewhere) == StartingPoint(25, newer, 0)
 
     def test_released_weights(self, tmp_path: Path) -> None:
         (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
@@ -237,14 +285,15 @@ class GPTDataset:
     def __init__(self, path: str, first: int, end: int) -> None:
         self.dataset_path, self.indices = path, np.arange(first, end)
         self.masks_and_position_ids_are_cacheable = True
+        self.config = Namespace()
 
     def _query_document_sample_shuffle_indices(self, index: int) -> tuple[Any, ...]:
         return np.zeros(33, np.int64), np.zeros(1, np.int64), [33]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         text, _, lengths = self._query_document_sample_shuffle_indices(index)
-        assert lengths == [33]
-        return {"tokens": text[:-1], "labels": text[1:]}
+        assert sum(lengths) == 33
+        return {"tokens": text[:-1], "labels": text[1:], "lengths": lengths}
 
 
 class MockGPTDataset(GPTDataset):
@@ -269,6 +318,18 @@ def test_upstream_makes_samples_of_our_rows(opened: tuple[Manifest, list[SplitRo
         part, row = divmod(sample_id, len(rows[0])) if sample_id >= len(rows[0]) else (0, sample_id)
         assert samples[sample_id]["labels"].tolist() == rows[min(part, 1)].window(row).tolist()[1:]
     assert theirs.datasets[0][0]["tokens"].sum() == 0, "upstream's own dataset is as it was"
+
+
+def test_documents_of_packed_rows_are_told(opened: tuple[Manifest, list[SplitRows]]) -> None:
+    manifest, rows = opened
+    theirs = Namespace(datasets=[GPTDataset(each.file.prefix, 0, each.sequences) for each in rows])
+    assert {len(make_samples(manifest, rows, theirs)[n]["lengths"]) for n in range(9)} == {1}, "nobody looks"
+    for each in theirs.datasets:
+        each.config.inter_document_masking = True
+    samples = make_samples(manifest, rows, theirs)
+    lengths = [samples[n]["lengths"] for n in range(len(rows[0]))]
+    assert lengths == [lengths_of(rows[0], n) for n in range(len(rows[0]))]
+    assert max(map(len, lengths)) > 1
 
 
 def test_other_documents_than_upstream(opened: tuple[Manifest, list[SplitRows]]) -> None:
