@@ -55,7 +55,7 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
                 "--config run.yaml --print-config",
             ),
         ),
-        "report": Command("report.command", "run_report", ("runs/pretrain", "runs/pretrain --output report.html")),
+        "report": Command("report.command", "run_report", ("runs/pretrain", "runs/es --control runs/plain")),
         "settings": Command(
             "settings_page.command",
             "run_settings",

@@ -1,9 +1,8 @@
-"""What the metrics of a run come to: series over iterations, and the measured saving beside the predicted one."""
+"""What the metrics of a run come to: series over iterations, time, work and what was saved."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,46 +10,35 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from es_megatron.core.plan import FORWARD_COST, TRAIN_COST, Layout
-from es_megatron.errors import DataError
+from es_megatron.report.saving import Saving, saving_of, work_of
 from es_megatron.trainer.metrics_file import LOSSES, Metrics, Stretch
 
 Float64 = npt.NDArray[np.float64]
 
 MOST_POINTS = 300
 MOST_COMPONENTS = 8
-STEADY = 1.5
-"""Ratio of slow to fast iterations of one kind above which the measured saving is called uncertain."""
 PARTS = ("score", "train", "exchange", "order", "optimizer")
 
 
 @dataclass(frozen=True)
-class Saving:
-    """Shares of the plain run's time or work; nan where not known."""
+class Course:
+    """Time and work by iteration, float64[S + 1], from 0 at iteration 0."""
 
-    nominal: float
-    """Of the whole run, predicted with backward = 2 forward."""
-    calibrated: float
-    """Predicted with the times measured before the first iteration."""
-    nominal_selecting: float
-    calibrated_selecting: float
-    measured_selecting: float
-    """Of a selecting iteration's time, against a plain one."""
-    plain_step: float
-    """Seconds of a plain iteration."""
-    plain_step_measured: bool
-    """Whether this run's own annealing told; otherwise the calibration did."""
     iteration: Float64
-    """float64[S], like what follows."""
-    time: Float64
-    """Saved so far, against plain steps over the draws that the run has stood for."""
+    seconds: Float64
+    """Without evaluations and saves."""
     work: Float64
-    """The same in sequences, forward = 1 and backward = 2."""
+    """In sequences, forward = 1 and backward = 2."""
+    whole: bool
+    """Whether there is a line for every iteration; without one time and work are not known."""
 
-    @property
-    def measured(self) -> float:
-        """Of the run so far."""
-        return float(self.time[-1]) if len(self.time) else math.nan
+    def seconds_at(self, iteration: Sequence[float]) -> Float64:
+        """Seconds up to iterations."""
+        return np.interp(iteration, self.iteration, self.seconds)
+
+    def work_at(self, iteration: Sequence[float]) -> Float64:
+        """Work up to iterations."""
+        return np.interp(iteration, self.iteration, self.work)
 
 
 @dataclass(frozen=True)
@@ -63,6 +51,7 @@ class Analysis:
     components: tuple[str, ...]
     validation: Mapping[int, Mapping[str, float]]
     saving: Saving
+    course: Course
     notes: tuple[str, ...]
 
     @property
@@ -98,90 +87,22 @@ def analyse(metrics: Metrics) -> Analysis:
     if resumed:
         notes.append(
             f"The run was resumed at iteration {', '.join(map(str, resumed))}. Times are those of all its processes: "
-            "if the machine or the number of ranks changed in between, the measured saving mixes them. The work "
-            "counted is exact."
+            "if the machine or the number of ranks changed in between, they mix them. The work counted is exact."
         )
-    notes += unsteady(metrics.stretches)
     points = thin(stretches, MOST_POINTS)
-    return Analysis(metrics.plan, points, shown, metrics.validation, saving, tuple(notes))
+    return Analysis(metrics.plan, points, shown, metrics.validation, saving, course_of(metrics), tuple(notes))
 
 
-def saving_of(metrics: Metrics, notes: list[str]) -> Saving:
-    """Predicted and measured saving; says in `notes` what the measured one rests on."""
-    plan, stretches = metrics.plan, metrics.stretches
-    try:
-        layout = Layout(**plan["layout"])
-        price = float(plan["scored_share"])
-    except (TypeError, KeyError) as error:
-        raise DataError(
-            f"The plan of the run is not of a known form ({error}). Use the version of es_megatron that wrote it."
-        ) from error
-    plain, selecting = (step_of(stretches, selecting=which) for which in (False, True))
-    measured = not math.isnan(plain)
-    if not measured:
-        plain = layout.whole()
-        notes.append(
-            "No iteration has trained on its whole meta-batch so far, so the time of a plain one is that of the "
-            "calibration before the first iteration."
-        )
-    counted, stood = connected(stretches)
-    stood_for = np.cumsum(stood).astype(np.float64)
-    late = bool(stretches) and stretches[0].iteration > stretches[0].iterations
-    if len(counted) < len(stretches) - late:
-        notes.append("Lines of the metrics are missing; what follows a gap is left out of the saving.")
-    elapsed = np.cumsum([stretch.elapsed for stretch in counted])
-    work = np.cumsum([FORWARD_COST * price * s.scored + TRAIN_COST * s.trained for s in counted])
-    return Saving(
-        nominal=float(plan["nominal_saving"]),
-        calibrated=float(plan["layout_saving"]),
-        nominal_selecting=float(plan["nominal_saving_selecting"]),
-        calibrated_selecting=float(plan["layout_saving_selecting"]),
-        measured_selecting=1.0 - selecting / plain,
-        plain_step=plain,
-        plain_step_measured=measured,
-        iteration=np.asarray([stretch.iteration for stretch in counted], np.float64),
-        time=1.0 - elapsed * int(plan["meta_batch"]) / (plain * stood_for),
-        work=1.0 - work / (TRAIN_COST * stood_for),
+def course_of(metrics: Metrics) -> Course:
+    """How far the run had come in time and work, at the end of each stretch."""
+    stretches, price = metrics.stretches, float(metrics.plan["scored_share"])
+    ends = [0, *(s.iteration for s in stretches)]
+    return Course(
+        iteration=np.asarray(ends, np.float64),
+        seconds=np.cumsum([0.0, *(s.elapsed for s in stretches)]),
+        work=np.cumsum([0.0, *(work_of(s, price) for s in stretches)]),
+        whole=all(s.iteration - s.iterations == end for s, end in zip(stretches, ends, strict=False)),
     )
-
-
-def connected(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[int]]:
-    """The stretches that begin where the one before ends, and the draws of the plain run that each stands for."""
-    counted: list[Stretch] = []
-    stood: list[int] = []
-    done, upto = 0, 0
-    for stretch in stretches:
-        if stretch.iteration - stretch.iterations == done:
-            counted.append(stretch)
-            stood.append(stretch.stood_for - upto)
-        done, upto = stretch.iteration, stretch.stood_for
-    return counted, stood
-
-
-def unsteady(stretches: Sequence[Stretch]) -> list[str]:
-    """A note where iterations of one kind differ so much in time that a measured saving tells little."""
-    each = [1e3 * s.elapsed / s.iterations for s in stretches if s.selecting]
-    low, high = np.quantile(each, (0.1, 0.9)) if each else (1.0, 1.0)
-    if high <= STEADY * low:
-        return []
-    spread = f"between {low:.3g} and {high:.3g} ms (10th to 90th percentile of the log windows)"
-    why = "the machine was not steady or not the run's own, so the measured saving is uncertain"
-    return [f"Selecting iterations took {spread}: {why}. The work counted is exact."]
-
-
-def step_of(stretches: Sequence[Stretch], *, selecting: bool) -> float:
-    """Median seconds of an iteration, over those that select or those that do not; nan where there are none.
-
-    A stretch's iterations count as equally long. The very first iteration counts only where there is no other.
-    """
-    found = [s for s in stretches if s.selecting == selecting]
-    found = [s for s in found if s.iteration > 1] or found
-    if not found:
-        return math.nan
-    each = np.asarray([s.elapsed / s.iterations for s in found])
-    order = np.argsort(each)
-    upto = np.cumsum(np.asarray([s.iterations for s in found])[order])
-    return float(each[order][np.searchsorted(upto, upto[-1] / 2)])
 
 
 def merge_components(stretches: Sequence[Stretch], names: Sequence[str]) -> list[Stretch]:
@@ -203,15 +124,19 @@ def merge_components(stretches: Sequence[Stretch], names: Sequence[str]) -> list
 
 
 def thin(stretches: Sequence[Stretch], most: int) -> tuple[Stretch, ...]:
-    """Join neighbours of the same kind until no more than about `most` are left."""
+    """Join neighbours of the same kind until no more than about `most` are left; none across a gap."""
     each = -(-len(stretches) // most)
     groups: list[list[Stretch]] = []
     for stretch in stretches:
-        if groups and len(groups[-1]) < each and groups[-1][0].selecting == stretch.selecting:
+        if groups and len(groups[-1]) < each and _goes_on(groups[-1][-1], stretch):
             groups[-1].append(stretch)
         else:
             groups.append([stretch])
     return tuple(group[0] if len(group) == 1 else join(group) for group in groups)
+
+
+def _goes_on(before: Stretch, stretch: Stretch) -> bool:
+    return before.selecting == stretch.selecting and stretch.iteration - stretch.iterations == before.iteration
 
 
 def join(group: Sequence[Stretch]) -> Stretch:
@@ -222,7 +147,9 @@ def join(group: Sequence[Stretch]) -> Stretch:
         for name in ("iterations", "elapsed", "scored", "trained", "bad", "skipped")
     }
     parts = {name: _added(getattr(s, name) for s in group) for name in ("seconds", "drawn", "chosen")}
-    losses = {name: _mean([(getattr(s, name), s.iterations) for s in group]) for name in (*LOSSES, "lm_loss")}
+    losses = {
+        name: _mean([(getattr(s, name), s.iterations) for s in group]) for name in (*LOSSES, "lm_loss", "grad_norm")
+    }
     return dataclasses.replace(last, **sums, **parts, **losses)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,12 +131,23 @@ def describe(files: ScoreFiles, component: int) -> Distribution:
     )
 
 
-def count_by_age(files: ScoreFiles, component: int) -> Int64:
-    """Histograms of a component's seen scores by range of visits, int64[AGES, BINS]; `middles_of` tells the bins."""
+Use = Callable[[Float32, UInt8], Float32]
+"""From stored scores and visits to scores as they are shown, at least 0."""
+
+
+def count_by_age(files: ScoreFiles, component: int, use: Use | None = None) -> Int64:
+    """Histograms of a component's seen scores by range of visits, int64[AGES, BINS]; `middles_of` tells the bins.
+
+    Args:
+        files: to read.
+        component: of them.
+        use: what is counted of a score; None counts it as stored.
+    """
     counts = np.zeros((len(AGES), BINS), np.int64)
     for block in files.blocks(component):
+        shown = block.score if use is None else use(block.score, block.visits)
         for age, (first, last) in enumerate(AGES):
-            score = block.score[(block.visits >= first) & (block.visits <= last)]
+            score = shown[(block.visits >= first) & (block.visits <= last)]
             counts[age] += np.bincount(bins_of(score), minlength=BINS)
     return counts
 

@@ -24,6 +24,7 @@ from es_megatron.core.step import StepRecord
 from es_megatron.errors import ConfigError
 from es_megatron.frameworks.audit import Audit
 from es_megatron.trainer.backend import Iteration
+from es_megatron.trainer.boards import WandbBoard, check_clients
 from es_megatron.trainer.metrics_file import MetricsFile
 from es_megatron.trainer.settings import SETTINGS, PretrainSettings, write_settings
 
@@ -47,12 +48,14 @@ class Journal:
             start: iteration the run begins or resumes at.
 
         Raises:
-            ConfigError: TensorBoard is asked for and not installed.
+            ConfigError: TensorBoard or Weights & Biases is asked for and not installed, or cannot begin.
         """
+        check_clients(settings.run)
         self._speaks, self._silent = speaks, False
         self._directory = settings.run.directory
         self._audit: Audit | None = None
         self._board: Any = None
+        self._wandb: WandbBoard | None = None
         self._bar: tqdm[Any] | None = None
         self._log: LineFile | None = None
         self._metrics: MetricsFile | None = None
@@ -67,6 +70,8 @@ class Journal:
             self._audit = Audit(self._directory / "audit.jsonl", 0, start - 1)
         if settings.run.tensorboard:
             self._board = open_board(self._directory / "tensorboard", start)
+        if settings.run.wandb:
+            self._wandb = WandbBoard(settings)
         if settings.run.progress and sys.stderr.isatty():
             self._bar = tqdm(total=plan.schedule.iterations, initial=start, unit="it", dynamic_ncols=True)
 
@@ -78,7 +83,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close everything, also after an error."""
-        for output in (self._metrics, self._audit, self._log, self._board, self._bar):
+        for output in (self._metrics, self._audit, self._log, self._board, self._wandb, self._bar):
             if output is not None:
                 output.close()
 
@@ -127,7 +132,7 @@ class Journal:
         self.say(entry.line())
         if self._metrics is not None:
             self._metrics.end(entry.lm_loss)
-        if self._board is None or record is None:
+        if record is None:
             return
         scalars = {
             "lm loss": entry.lm_loss,
@@ -143,9 +148,16 @@ class Journal:
             **{f"es/drawn_share/{name}": drawn for name, (drawn, _) in shares.items()},
             **{f"es/trained_share/{name}": trained for name, (_, trained) in shares.items()},
         }
-        for name, value in scalars.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, entry.iteration)
+        self._plot(scalars, entry.iteration)
+
+    def _plot(self, scalars: Mapping[str, float], iteration: int) -> None:
+        """Write what is known to the boards."""
+        found = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        if self._board is not None:
+            for name, value in found.items():
+                self._board.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.write(found, iteration)
 
     def saving(self) -> None:
         """Write the metrics up to here, where a resumed run would begin."""
@@ -158,9 +170,7 @@ class Journal:
         self.say(f"validation loss at iteration {iteration} | {told} |")
         if self._metrics is not None:
             self._metrics.evaluated(iteration, losses)
-        if self._board is not None:
-            for name, loss in losses.items():
-                self._board.add_scalar(f"validation/{name}", loss, iteration)
+        self._plot({f"validation/{name}": loss for name, loss in losses.items()}, iteration)
 
     def summarize(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, whole or not at all."""

@@ -61,6 +61,8 @@ class Stretch:
     """Sequences with a non-finite loss."""
     skipped: int
     """Iterations whose optimizer step was skipped."""
+    grad_norm: float | None = None
+    """Norm of the gradients before clipping, of the last optimizer step; null where the framework does not tell."""
     start: int = 0
     """Iteration at which the process began or resumed: its machine and number of ranks may be others."""
 
@@ -83,6 +85,7 @@ class Gathering:
         """Start at nothing."""
         self.iterations = self.scored = self.trained = self.bad = self.skipped = 0
         self.selecting, self.elapsed, self.rate = False, 0.0, math.nan
+        self.norm = math.nan
         self.seconds: dict[str, float] = {}
         self.drawn, self.chosen = np.zeros(components, np.int64), np.zeros(components, np.int64)
         self.losses = {name: [0.0, 0] for name in LOSSES}
@@ -100,7 +103,7 @@ class Gathering:
         self.bad, self.skipped = self.bad + record.bad, self.skipped + int(not iteration.succeeded)
         self.drawn += np.bincount(record.drawn, minlength=len(self.drawn))
         self.chosen += np.bincount(record.components, minlength=len(self.chosen))
-        self.rate = iteration.rate
+        self.rate, self.norm = iteration.rate, iteration.norm if iteration.succeeded else self.norm
         for name, total in self.losses.items():
             if math.isfinite(loss := float(getattr(record, name))):
                 total[0], total[1] = total[0] + loss, total[1] + 1
@@ -123,6 +126,7 @@ class Gathering:
             lm_loss=known(lm_loss),
             bad=self.bad,
             skipped=self.skipped,
+            grad_norm=known(self.norm),
             **means,
         )
 

@@ -153,6 +153,10 @@ class RunSettings:
     tensorboard: bool = False
     """Write TensorBoard scalars."""
 
+    wandb: bool = False
+    """Write the same scalars to Weights & Biases, through its own client. Project, name, entity and mode are that
+    client's environment variables: `WANDB_PROJECT`, `WANDB_NAME`, `WANDB_ENTITY`, `WANDB_MODE`."""
+
     audit: bool = False
     """Write the chosen sample ids of every iteration."""
 
