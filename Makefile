@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
-EXTRAS ?= dev,report,deepspeed
+EXTRAS ?= dev,report,deepspeed,huggingface
 PYTEST_ARGS ?=
 TESTS ?=
 

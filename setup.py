@@ -39,6 +39,7 @@ def read_readme() -> str:
 FORMATS = ["pyarrow"]  # text that is Parquet or zstd
 REPORT = ["tensorboard", "matplotlib", "jinja2", "pyarrow"]
 DEEPSPEED = ["deepspeed>=0.16"]  # tested: 0.19.8
+HUGGINGFACE = ["accelerate>=1.0", "transformers>=5.0"]  # tested: 1.15.0, 5.24.0
 DEV = [
     "pytest>=8",
     "pytest-timeout",
@@ -83,7 +84,13 @@ setup(
         "typing_extensions>=4.4",
         "psutil>=5.9",  # megatron-core needs it to save, and does not declare it
     ],
-    extras_require={"deepspeed": DEEPSPEED, "formats": FORMATS, "report": REPORT, "dev": DEV},
+    extras_require={
+        "deepspeed": DEEPSPEED,
+        "huggingface": HUGGINGFACE,
+        "formats": FORMATS,
+        "report": REPORT,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["es-megatron = es_megatron.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from es_megatron.errors import CheckpointError, ConfigError, DataError, EsError, LayoutError, LossError, PatchError
     from es_megatron.frameworks.front_door import attach
     from es_megatron.frameworks.megatron_data import load_blend
+    from es_megatron.frameworks.run_plan import plan_run
+    from es_megatron.frameworks.samples import blend_of
 
 __version__ = "0.1.0"
 
@@ -30,14 +32,18 @@ __all__ = [
     "PatchError",
     "__version__",
     "attach",
+    "blend_of",
     "load_blend",
+    "plan_run",
 ]
 
 _HOMES = {
     "EvolvedSamplingConfig": "config",
     "Manifest": "data.manifest",
     "attach": "frameworks.front_door",
+    "blend_of": "frameworks.samples",
     "load_blend": "frameworks.megatron_data",
+    "plan_run": "frameworks.run_plan",
 }
 """Modules of names that are not errors."""
 

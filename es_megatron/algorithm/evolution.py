@@ -19,6 +19,8 @@ Bool = npt.NDArray[np.bool_]
 F = TypeVar("F", np.float32, np.float64)
 
 MAX_VISITS = 255
+NO_LOSS = float("-inf")
+"""Loss of a sequence all of whose tokens are masked. It has none, which is nothing bad, unlike one that is nan."""
 
 
 class Evolved(NamedTuple):

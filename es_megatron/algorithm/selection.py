@@ -60,7 +60,8 @@ def check_enough(found: int, count: int, size: int) -> None:
     if found < count:
         raise LossError(
             f"At least {count} sequences of the meta-batch must have a finite loss to be chosen from, but {found} of "
-            f"{size} have. Look at the named rows, lower the learning rate, or check the precision."
+            f"{size} have. Look at the named rows, lower the learning rate, or check the precision. Rows whose tokens "
+            "are all masked have none: leave them out of the data."
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from es_megatron.algorithm.evolution import NO_LOSS
 from es_megatron.algorithm.ownership import owned_range
 from es_megatron.checkpoint.agreement import agreed, compute_on_first
 from es_megatron.checkpoint.es_state import ScoreRange, read_manifest, read_state, save_es_state
@@ -164,7 +165,8 @@ class RowScoring:
             share = int(max(self.grid.gather_objects(len(ids))))
             loss = np.full(high - low, np.nan, np.float32)
             if share:
-                loss[ids - low] = self.losses_of(ids, share)
+                found = self.losses_of(ids, share)
+                loss[ids - low] = np.where(found == NO_LOSS, np.float32(np.nan), found)
             if turn < len(mine) and self.grid.mp_rank == 0:
                 self.blocks.write(mine[turn], loss)
             rows += len(ids)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from es_megatron.algorithm.evolution import NO_LOSS
 from es_megatron.algorithm.selection import assign, owners, positions_of
 from es_megatron.checkpoint.compatibility import check_terms
 from es_megatron.checkpoint.es_state import EsStateWriter, SaveReport, ScoreRange, load_es_state
@@ -25,7 +26,7 @@ from es_megatron.checkpoint.reference_losses import REFERENCE, bind_reference
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.ahead import ScoringAhead
-from es_megatron.core.bad_losses import check_losses, mean_of_finite
+from es_megatron.core.bad_losses import check_losses, is_bad, mean_of_all, mean_of_finite
 from es_megatron.core.choosing import Choice, Chooser, Known
 from es_megatron.core.open_epochs import UNVISITED, OpenEpochs
 from es_megatron.core.plan import Plan, plan_run
@@ -376,16 +377,16 @@ class EvolvedSampling:
         self, batch: MetaBatch, positions: Int64, loss: Float32, passes: int, *, selecting: bool, known: bool
     ) -> None:
         """Note the step; `known` says whether losses are of the whole meta-batch."""
-        chosen = loss[positions]
         self.last = StepRecord(
             iteration=self.iteration,
             evolving=selecting,
             scored=self.meta_batch * passes,
             chosen=batch.id[positions],
             components=batch.component[positions],
-            meta_loss=float(loss.mean(dtype=np.float64)) if np.isfinite(loss).all() else float("nan"),
-            chosen_loss=mean_of_finite(chosen),
-            bad=int(np.count_nonzero(~np.isfinite(loss if known else chosen))) if self.scorer.learns else 0,
+            meta_loss=mean_of_all(loss),
+            chosen_loss=mean_of_finite(loss[positions]),
+            bad=int(np.count_nonzero(is_bad(loss if known else loss[positions]))) if self.scorer.learns else 0,
+            masked=int(np.count_nonzero(loss == NO_LOSS)),
             seconds=dict(self._seconds),
             drawn=batch.component,
             skipped_loss=mean_of_finite(np.delete(loss, positions)),

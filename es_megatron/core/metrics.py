@@ -31,6 +31,8 @@ class RunTotals:
     sequences_trained: int = 0
     evolving_iterations: int = 0
     bad: int = 0
+    masked: int = 0
+    """Sequences seen without a loss, since all their tokens are masked; each time they are drawn."""
     skipped: int = 0
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     """Wall-clock by part of the step, `score`, `train`, `exchange`, `order`, `optimizer`, and `step` for the whole."""
@@ -57,6 +59,7 @@ class RunTotals:
         self.sequences_trained += len(record.chosen)
         self.evolving_iterations += int(record.evolving)
         self.bad += record.bad
+        self.masked += record.masked
         self.skipped += int(not succeeded)
         self.chosen += np.bincount(record.components, minlength=self.components)
         self.drawn += np.bincount(record.drawn, minlength=self.components)
@@ -70,6 +73,7 @@ class RunTotals:
             "sequences_trained": self.sequences_trained,
             "evolving_iterations": self.evolving_iterations,
             "bad": self.bad,
+            "masked": self.masked,
             "skipped": self.skipped,
             "seconds": dict(self.seconds),
             "chosen": self.chosen.tolist(),
@@ -80,6 +84,7 @@ class RunTotals:
         """Take sums over; missing keys raise `KeyError`. Versions that did not count draws trained what they drew."""
         for name in ("sequences_scored", "sequences_trained", "evolving_iterations", "bad", "skipped"):
             setattr(self, name, int(state[name]))
+        self.masked = int(state.get("masked", 0))
         self.seconds = {name: float(value) for name, value in state["seconds"].items()}
         self.chosen = np.asarray(state["chosen"], dtype=np.int64)
         self.drawn = np.asarray(state.get("drawn", state["chosen"]), dtype=np.int64)

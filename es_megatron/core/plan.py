@@ -43,6 +43,11 @@ class Plan:
     """Iterations of the plain run over the user's `train_samples`."""
 
     @property
+    def iterations(self) -> int:
+        """Optimizer steps of the run: what a learning-rate schedule ends with."""
+        return self.schedule.iterations
+
+    @property
     def break_even_gain(self) -> float:
         """How many times more uniform samples the weights must be worth for the scoring passes to pay (1 + cB / 3b)."""
         evolving = self.evolving_iterations

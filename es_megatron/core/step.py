@@ -80,3 +80,5 @@ class StepRecord(NamedTuple):
     """Component of each sequence of the meta-batch, chosen or not."""
     skipped_loss: float = float("nan")
     """Mean loss of the sequences that were not chosen, where known, else nan."""
+    masked: int = 0
+    """Sequences known to have no loss, since all their tokens are masked."""

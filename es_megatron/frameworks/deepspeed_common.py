@@ -25,15 +25,18 @@ from es_megatron.checkpoint.es_state import read_manifest, read_state
 from es_megatron.checkpoint.sealed import leads_down
 from es_megatron.checkpoint.warm_start import WarmStart, start_with_scores
 from es_megatron.config import EvolvedSamplingConfig
-from es_megatron.config.names import SECTION, block_in
 from es_megatron.core.engine import EvolvedSampling
+from es_megatron.core.metrics import RunTotals
 from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import CheckpointError, ConfigError, LossError
 from es_megatron.frameworks.data_only import check_folder, data_only
+from es_megatron.frameworks.deepspeed_accumulation import check_steps
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.handle import Handle
 from es_megatron.frameworks.rate import scaled_steps
+from es_megatron.frameworks.run_plan import settings_in
+from es_megatron.frameworks.samples import Samples
 from es_megatron.rank_grid import RankGrid
 from es_megatron.refusals.deepspeed import DEEPSPEED, block_is_on
 from es_megatron.refusals.table import refuse
@@ -83,13 +86,7 @@ def settings_of(engine: Any) -> EvolvedSamplingConfig:
     Raises:
         ConfigError: no such block, an unknown key, a value out of range.
     """
-    found = engine._config._param_dict  # what DeepSpeed has read, from a dict or a file
-    block = block_in(found, "the DeepSpeed configuration")
-    if block is None:
-        raise ConfigError(
-            f'The DeepSpeed configuration must have a block `"{SECTION}": {{...}}`. Add it, or pass `config`.'
-        )
-    return EvolvedSamplingConfig.from_mapping(block, f'DeepSpeed configuration: "{SECTION}"')
+    return settings_in(engine._config._param_dict)  # what DeepSpeed has read, from a dict or a file
 
 
 def check_engine(engine: Any, config: EvolvedSamplingConfig) -> None:
@@ -155,19 +152,6 @@ def mean_loss(losses_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (losses_BT.float() * mask_BT).sum() / mask_BT.sum().clamp(min=1)
 
 
-def discard_gradients(engine: Any) -> None:
-    """Forget the gradients of backward passes that no step followed, at every ZeRO stage."""
-    optimizer = engine.optimizer
-    engine.module.zero_grad(set_to_none=True)
-    optimizer.zero_grad(set_to_none=True)  # at stage 3 this is all
-    if engine.zero_optimization_stage() in (1, 2):
-        optimizer.micro_step_id = -1  # the next backward pass overwrites what has been gathered
-        for gathered in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
-            for key in list(gathered):
-                gathered[key] = None
-    engine.micro_steps = 0
-
-
 @contextmanager
 def universal_mended(engine: Any) -> Generator[None]:
     """Load a universal checkpoint in the body of a `with` so that stage 3 gets it right.
@@ -202,6 +186,8 @@ class DeepSpeedSampling(Handle, ABC):
         """
         super().__init__(engine, feed, loss_source)
         self.deepspeed = deepspeed
+        self.totals = RunTotals(len(engine.manifest.components), engine.meta_batch)
+        """What the run has done so far, skipped steps among it; checkpoints carry it."""
         self._own_save, self._own_load = deepspeed.save_checkpoint, deepspeed.load_checkpoint
         deepspeed.save_checkpoint, deepspeed.load_checkpoint = self.save_checkpoint, self.load_checkpoint
 
@@ -226,12 +212,15 @@ class DeepSpeedSampling(Handle, ABC):
 
         Raises:
             LossError: too many losses are not finite, or weights were updated with a gradient that is not.
+            ConfigError: DeepSpeed's optimizer was not called exactly once.
         """
+        before = self.deepspeed.global_steps
         batch = self.engine.draw()
         if self.feed is not None:
             self.feed.fetch(batch)
         with scaled_steps(self.deepspeed.optimizer, self.engine.rate_factor):
             result = self.engine.step(batch, self)
+        check_steps(self.deepspeed.global_steps - before)
         succeeded = bool(self.deepspeed.was_step_applied())
         norm = self.deepspeed.get_global_grad_norm()
         if succeeded and not np.isfinite(float(result if norm is None else norm)):
@@ -239,7 +228,18 @@ class DeepSpeedSampling(Handle, ABC):
                 f"The gradient of iteration {self.engine.iteration} is not finite, and DeepSpeed has applied it. "
                 "Resume from the last checkpoint with a lower learning rate, or in bf16 with `check_grad_overflow`."
             )
+        record = self.engine.last
+        assert record is not None
         self.engine.finish(succeeded)
+        self.totals.add(record, {}, succeeded=succeeded)
+        if not succeeded and self.engine.grid.world_rank == 0:
+            LOGGER.warning(
+                "DeepSpeed skipped the optimizer's step of iteration %d, since a gradient is not finite: weights and "
+                "scores stay as they were (%d of %d iterations so far)",
+                record.iteration,
+                self.totals.skipped,
+                self.engine.iteration,
+            )
         return result
 
     def save_checkpoint(
@@ -258,7 +258,7 @@ class DeepSpeedSampling(Handle, ABC):
         tag = str(tag) if tag is not None else f"global_step{self.deepspeed.global_steps}"
         done = self._own_save(str(save_dir), tag=tag, client_state=dict(client_state or {}), save_latest=False, **more)
         grid = self.engine.grid
-        self.save(Path(save_dir) / tag / ES_STATE)
+        self.save(Path(save_dir) / tag / ES_STATE, totals=self.totals.state_dict())
         with agreed(grid, f"move {Path(save_dir) / LATEST}"):
             if save_latest and grid.world_rank == 0:
                 disk.replace_file(Path(save_dir) / LATEST, tag.encode())
@@ -288,7 +288,9 @@ class DeepSpeedSampling(Handle, ABC):
         with universal_mended(self.deepspeed) if universal else nullcontext(), data_only(folder):
             found = self._own_load(str(load_dir), tag, *args, **more)
         if es_state and tag is not None and found[0] is not None:
-            self.load(state_folder(Path(load_dir), str(tag)))
+            more = self.load(state_folder(Path(load_dir), str(tag)))
+            if "totals" in more:
+                self.totals.load_state_dict(more["totals"])
         return found
 
 
@@ -390,4 +392,5 @@ def build_engine(
 def build_feed(engine: EvolvedSampling, rows: Rows, workers: int, prefetch: int) -> MetaBatchFeed:
     """Samples of this rank, read ahead."""
     lag = engine.epochs.read_ahead(workers * prefetch)
+    rows = rows if isinstance(rows, Samples) else Samples(rows, engine.manifest.seq_length)
     return MetaBatchFeed(rows, engine.sampler, engine.own, workers=workers, prefetch=prefetch, mask_lag=lag)

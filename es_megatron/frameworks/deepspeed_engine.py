@@ -11,9 +11,10 @@ the engine's count of them begins anew. Shape suffixes: B sequences of a micro-b
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,18 @@ from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import ConfigError
+from es_megatron.frameworks.deepspeed_accumulation import accumulating, boundary_counted, discard_gradients
 from es_megatron.frameworks.deepspeed_common import (
     DeepSpeedSampling,
     LossOf,
     build_engine,
     build_feed,
-    discard_gradients,
     mean_loss,
     rank_grid_of,
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import OutputWatch, norm_bounds
+from es_megatron.frameworks.samples import IGNORED, MicroBatch, checked_losses
 from es_megatron.frameworks.scoring import join, scored_part, sequence_losses, traceless
 
 Batch = dict[str, Tensor]
@@ -57,11 +59,43 @@ def megatron_token_losses(engine: Any, batch: Batch) -> Tensor:
 def logits_token_losses(engine: Any, batch: Batch) -> Tensor:
     """Token losses `[B, T]` of a model that gives logits `[B, T, V]`, or something with such `logits`, for tokens."""
     output = engine(batch["tokens"])
-    logits_BTV = getattr(output, "logits", output)
+    return cross_entropy(getattr(output, "logits", output), batch["labels"])
+
+
+def huggingface_token_losses(engine: Any, batch: Batch) -> Tensor:
+    """Token losses `[B, T]` of a causal language model of Hugging Face's transformers, whose own loss is a mean.
+
+    Positions are passed on where the model takes them, an attention mask where samples have one.
+    """
+    module = getattr(engine, "module", engine)
+    more = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+    if "position_ids" in inspect.signature(module.forward).parameters:
+        more["position_ids"] = batch["position_ids"]
+    output = engine(input_ids=batch["tokens"], use_cache=False, **more)
+    return cross_entropy(output.logits, batch["labels"])
+
+
+def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Loss of each token `[B, T]`, 0 where its label is -100.
+
+    Raises:
+        ConfigError: logits are not those of each token.
+    """
+    if logits_BTV.dim() != 3 or logits_BTV.shape[:2] != labels_BT.shape:
+        raise ConfigError(
+            f"A model's logits must have the shape [B, T, vocabulary] with [B, T] = {list(labels_BT.shape)}, but have "
+            f"{list(logits_BTV.shape)} instead. Give a `token_losses` of your own."
+        )
     losses = torch.nn.functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), batch["labels"].flatten(), reduction="none"
+        logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="none", ignore_index=IGNORED
     )
-    return losses.view(batch["labels"].shape)
+    return losses.view(labels_BT.shape)
+
+
+def usual_token_losses(deepspeed: Any) -> TokenLosses:
+    """The `token_losses` of a model where none is given: by whose it is."""
+    packages = {each.__module__.partition(".")[0] for each in type(deepspeed.module).__mro__}
+    return huggingface_token_losses if "transformers" in packages else megatron_token_losses
 
 
 class EngineSampling(DeepSpeedSampling):
@@ -98,7 +132,7 @@ class EngineSampling(DeepSpeedSampling):
         watch = OutputWatch([self.deepspeed.module]) if norms else None
         with traceless([self.deepspeed.module]), torch.no_grad(), watch or nullcontext():
             for batch in self._on_device(batches):
-                losses_BT, mask_BT = self.token_losses(self.deepspeed, batch), batch["loss_mask"]
+                losses_BT, mask_BT = self._losses(batch), batch["loss_mask"]
                 losses = sequence_losses(losses_BT, mask_BT)
                 if watch is not None:
                     losses = torch.stack([losses, norm_bounds(losses_BT, mask_BT, watch.take())])
@@ -108,7 +142,7 @@ class EngineSampling(DeepSpeedSampling):
     @override
     def train(self, work: Work) -> Trained:
         batches = self._micro_batches(work.positions, self.engine.micro_batch)
-        with accumulating(self.deepspeed, len(batches)):
+        with accumulating(self.deepspeed, len(batches)), boundary_counted(self.deepspeed):
             total, found = self._forward_backward(batches, work.weights, step=True)
         grid = self.engine.grid
         mean = float(grid.sum_over_dp(np.asarray([total]))[0]) / (len(batches) * grid.dp_size)
@@ -116,10 +150,11 @@ class EngineSampling(DeepSpeedSampling):
 
     def train_batches(self, batches: list[Batch]) -> None:
         """Forward and backward without a step, for timing; the gradients are dropped."""
-        with traceless([self.deepspeed.module]), accumulating(self.deepspeed, len(batches) + 1):
-            self.deepspeed.train()
+        deepspeed = self.deepspeed
+        with traceless([deepspeed.module]), accumulating(deepspeed, len(batches) + 1), boundary_counted(deepspeed):
+            deepspeed.train()
             self._forward_backward(batches, None, step=False)
-        discard_gradients(self.deepspeed)
+        discard_gradients(deepspeed)
 
     def _forward_backward(
         self, batches: list[Batch], weights: npt.NDArray[np.float64] | None, *, step: bool
@@ -130,7 +165,7 @@ class EngineSampling(DeepSpeedSampling):
         total = torch.zeros((), device=deepspeed.device)
         found: list[Tensor] = []
         for number, batch in enumerate(self._on_device(batches)):
-            losses_BT = self.token_losses(deepspeed, batch)
+            losses_BT = self._losses(batch)
             tokens = self.engine.scorer.tokens(losses_BT.shape[1])
             found.append(sequence_losses(losses_BT, batch["loss_mask"], tokens))
             if weights is not None:
@@ -142,6 +177,9 @@ class EngineSampling(DeepSpeedSampling):
             if step and (number == len(batches) - 1 or deepspeed.managed_gradient_accumulation()):
                 deepspeed.step()
         return float(total), found
+
+    def _losses(self, batch: Batch) -> Tensor:
+        return checked_losses(self.token_losses(self.deepspeed, batch), batch["loss_mask"])
 
     def _per_token(self, batches: list[Batch]) -> LossOf:
         """Loss whose mean over all micro-batches of all ranks is that over all their unmasked tokens."""
@@ -157,23 +195,8 @@ class EngineSampling(DeepSpeedSampling):
 
     def _on_device(self, batches: list[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            yield {name: tensor.to(self.deepspeed.device, non_blocking=True) for name, tensor in batch.items()}
-
-
-@contextmanager
-def accumulating(deepspeed: Any, micro_batches: int) -> Generator[None]:
-    """Have the engine step after so many micro-batches of a rank, counted from now; put its batch size back after.
-
-    Without the count begun anew the boundaries would be those of the batches before.
-    """
-    before = deepspeed.train_batch_size()
-    size = deepspeed.train_micro_batch_size_per_gpu() * deepspeed.dp_world_size
-    deepspeed.set_train_batch_size(micro_batches * size)
-    deepspeed.micro_steps = 0
-    try:
-        yield
-    finally:
-        deepspeed.set_train_batch_size(before)
+            device = self.deepspeed.device
+            yield MicroBatch((name, tensor.to(device, non_blocking=True)) for name, tensor in batch.items())
 
 
 def place_of(deepspeed: Any) -> tuple[int, int]:
@@ -191,7 +214,7 @@ def attach(  # noqa: PLR0913 - all but three have defaults
     *,
     train_samples: int,
     config: EvolvedSamplingConfig | None = None,
-    token_losses: TokenLosses = megatron_token_losses,
+    token_losses: TokenLosses | None = None,
     loss_of: LossOf = mean_loss,
     per_token: bool = False,
     workers: int = 0,
@@ -209,7 +232,8 @@ def attach(  # noqa: PLR0913 - all but three have defaults
         rows: its samples by id.
         train_samples: draws of the plain run.
         config: settings; None: the `"evolved_sampling"` block of the engine's JSON.
-        token_losses: calls the engine on a micro-batch and gives the losses of tokens, `[B, T]`.
+        token_losses: calls the engine on a micro-batch and gives the losses of tokens, `[B, T]`; None: that of
+            Hugging Face's models, or of Megatron-Core's.
         loss_of: makes the loss of a micro-batch of those and the loss mask.
         per_token: average over all unmasked tokens of a step, instead of over micro-batches' `loss_of`.
         workers: loader processes per rank.
@@ -224,6 +248,7 @@ def attach(  # noqa: PLR0913 - all but three have defaults
     grid = rank_grid_of(place_of(deepspeed))
     engine = build_engine(deepspeed, config, manifest, grid, train_samples, warm_start)
     feed = build_feed(engine, rows, workers, prefetch)
+    token_losses = token_losses or usual_token_losses(deepspeed)
     return EngineSampling(engine, feed, deepspeed, token_losses=token_losses, loss_of=loss_of, per_token=per_token)
 
 

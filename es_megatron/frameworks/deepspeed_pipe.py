@@ -31,18 +31,19 @@ from es_megatron.core.step import Trained, Work
 from es_megatron.data.manifest import Manifest
 from es_megatron.data.sampler import MetaBatch
 from es_megatron.errors import ConfigError
+from es_megatron.frameworks.deepspeed_accumulation import discard_gradients
 from es_megatron.frameworks.deepspeed_common import (
     DeepSpeedSampling,
     LossOf,
     build_engine,
     build_feed,
-    discard_gradients,
     mean_loss,
     rank_grid_of,
 )
 from es_megatron.frameworks.feed import MetaBatchFeed, Rows
 from es_megatron.frameworks.gradient_norm import norm_bounds, square_sums
 from es_megatron.frameworks.merged_pipe import merged_schedule
+from es_megatron.frameworks.samples import MicroBatch, checked_losses, shape_of
 from es_megatron.frameworks.scoring import join, scored_part, sequence_losses, traceless
 
 Batch = dict[str, Tensor]
@@ -113,12 +114,12 @@ class PipeSampling(DeepSpeedSampling):
         found: list[Tensor] = []
 
         def losses_of(outputs: Any, labels: Any) -> Tensor:
-            return sequence_losses(*self.token_losses(outputs, labels))
+            return sequence_losses(*self._token_losses(outputs, labels))
 
         training_loss = self._training_loss(work.weights, [])
         merged = merged_schedule(self.deepspeed, order, losses_of, found)
         with self._accumulating(count), self._loss(training_loss), merged:
-            mean = self.deepspeed.train_batch(iter([self.pack(batch) for batch in batches]))
+            mean = self.deepspeed.train_batch(iter([self.pack(MicroBatch(batch)) for batch in batches]))
         return Trained(float(mean), None, join(found))
 
     def train_batches(self, batches: list[Batch]) -> None:
@@ -149,7 +150,7 @@ class PipeSampling(DeepSpeedSampling):
         def losses_of(outputs: Any, labels: Any) -> Tensor:
             # before the losses, which Megatron's cross entropy makes in the logits' own memory
             squares_BT = square_sums(outputs) if norms and isinstance(outputs, Tensor) and outputs.dim() == 3 else None
-            losses_BT, mask_BT = self.token_losses(outputs, labels)
+            losses_BT, mask_BT = self._token_losses(outputs, labels)
             losses = sequence_losses(losses_BT, mask_BT)
             if not norms:
                 return losses
@@ -186,7 +187,7 @@ class PipeSampling(DeepSpeedSampling):
         size = self.engine.micro_batch
 
         def training_loss(outputs: Any, labels: Any) -> Tensor:
-            losses_BT, mask_BT = self.token_losses(outputs, labels)
+            losses_BT, mask_BT = self._token_losses(outputs, labels)
             start = len(found) * size
             found.append(sequence_losses(losses_BT, mask_BT, self.engine.scorer.tokens(losses_BT.shape[1])))
             if weights is not None:
@@ -196,10 +197,19 @@ class PipeSampling(DeepSpeedSampling):
 
         return training_loss
 
+    def _token_losses(self, outputs: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        found: Any = self.token_losses(outputs, labels)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor)):
+            raise ConfigError(
+                "`token_losses` must give the losses of tokens and their mask, two tensors [B, T], but gives "
+                f"{shape_of(found)} instead. Return both."
+            )
+        return checked_losses(found[0], found[1]), found[1]
+
     def _packed(self, positions: Int64, size: int, *, scoring: bool = False) -> Iterator[Any]:
         batches = [] if self.feed is None else self.feed.micro_batches(positions, size)
         batches = scored_part(batches, self.engine.scorer) if scoring else batches
-        return iter([self.pack(batch) for batch in batches])
+        return iter([self.pack(MicroBatch(batch)) for batch in batches])
 
     @contextmanager
     def _loss(self, function: Callable[[Any, Any], Tensor]) -> Generator[None]:

@@ -11,10 +11,11 @@ from typing import Any, Protocol, cast
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Manifest
 from es_megatron.errors import ConfigError
+from es_megatron.frameworks.run_plan import print_plan
 
 
 class BlendLike(Protocol):
-    """Samples by id, and what they belong to; `load_blend` makes one of a blend file."""
+    """Samples by id, and what they belong to; `load_blend` makes one of a blend file, `blend_of` of datasets."""
 
     @property
     def manifest(self) -> Manifest:
@@ -28,16 +29,23 @@ class BlendLike(Protocol):
 
 
 def attach(
-    target: Any, blend: BlendLike, *, train_samples: int, config: EvolvedSamplingConfig | None = None, **options: Any
+    target: Any,
+    blend: BlendLike,
+    *,
+    train_samples: int,
+    config: EvolvedSamplingConfig | None = None,
+    show_plan: bool = True,
+    **options: Any,
 ) -> Any:
-    """Attach Evolved Sampling to a training loop; collective, on every rank.
+    """Attach Evolved Sampling to a training loop, and print its plan; collective, on every rank.
 
     Args:
         target: a `DeepSpeedEngine` or `PipelineEngine`, as `deepspeed.initialize` gives it; or the model of a loop
             around Megatron-Core, a module or the list of its chunks, once `parallel_state` is initialised.
-        blend: the training data, of `load_blend`.
+        blend: the training data, of `load_blend` or `blend_of`.
         train_samples: sequences that the plain run would draw.
         config: settings; None: the engine's `"evolved_sampling"` block, or the defaults on Megatron-Core.
+        show_plan: print the plan on the first rank.
         options: those of the framework's own `attach` (`deepspeed_engine`, `deepspeed_pipe`, `megatron_core`).
             Megatron-Core needs `global_batch_size` and `micro_batch_size`; with `optimizer=` given, its `step` closes
             every iteration, and `finish` is not to be called.
@@ -52,7 +60,7 @@ def attach(
         DataError: a data file is not what the hash beside it says, as far as a few seconds of reading tell; what is
             found later is raised by `save`.
     """
-    handle: Any = _attach(target, blend, train_samples, config, options)
+    handle, stages = _attach(target, blend, train_samples, config, options)
     from es_megatron.frameworks.data_check import FIRST_SECONDS, check_behind
     from es_megatron.frameworks.megatron_data import LoadedBlend
 
@@ -60,33 +68,37 @@ def attach(
         engine = handle.engine
         handle.data = check_behind(blend, engine.grid, wanted=engine.config.order.check_files)
         handle.data.agree(FIRST_SECONDS)
+    if show_plan:
+        print_plan(handle.engine, *stages)
     return handle
 
 
 def _attach(
     target: Any, blend: BlendLike, train_samples: int, config: EvolvedSamplingConfig | None, options: dict[str, Any]
-) -> Any:
-    """Let the framework's own `attach` do it."""
+) -> tuple[Any, tuple[int, int]]:
+    """Let the framework's own `attach` do it; gives the pipeline stages and their model chunks too."""
     engines = {each.__name__ for each in type(target).__mro__ if each.__module__.partition(".")[0] == "deepspeed"}
     if "PipelineEngine" in engines:
         from es_megatron.frameworks import deepspeed_pipe
 
-        return deepspeed_pipe.attach(
+        handle = deepspeed_pipe.attach(
             target, blend.manifest, blend.rows, train_samples=train_samples, config=config, **options
         )
+        return handle, (int(target.num_stages), 1)
     if "DeepSpeedEngine" in engines:
         from es_megatron.frameworks import deepspeed_engine
 
-        return deepspeed_engine.attach(
+        handle = deepspeed_engine.attach(
             target, blend.manifest, blend.rows, train_samples=train_samples, config=config, **options
         )
+        return handle, (1, 1)
     model_config = _config_of(target)
     for name in ("global_batch_size", "micro_batch_size"):
         if name not in options:
             raise ConfigError(f"`{name}` must be given for a loop around Megatron-Core. Give the run's own.")
     from es_megatron.frameworks import megatron_core
 
-    return megatron_core.attach(
+    handle = megatron_core.attach(
         config or EvolvedSamplingConfig(),
         blend.manifest,
         blend.rows,
@@ -94,6 +106,8 @@ def _attach(
         train_samples=train_samples,
         **options,
     )
+    virtual = getattr(model_config, "virtual_pipeline_model_parallel_size", None)
+    return handle, (int(model_config.pipeline_model_parallel_size), int(virtual or 1))
 
 
 def _config_of(target: Any) -> Any:

@@ -171,7 +171,7 @@ DIALECT = megatron_lm.Dialect(
 
 def wrap_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
     """Put scoring and choosing around Megatron's schedule; the engine accumulates over what is trained."""
-    from es_megatron.frameworks.deepspeed_engine import accumulating
+    from es_megatron.frameworks.deepspeed_accumulation import accumulating
 
     def accumulated(**call: Any) -> Any:
         if call.get("forward_only", False):

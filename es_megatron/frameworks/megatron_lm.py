@@ -328,6 +328,7 @@ def log(iteration: int) -> None:
         f"tokens trained: {trained:.3f} M",
         f"es score/train (ms): {score:.1f}/{train:.1f}",
         f"nan sequences: {totals.bad}",
+        *([f"masked sequences: {totals.masked}"] if totals.masked else []),
     ]
     names = [component.name for component in engine.manifest.components]
     if shares := totals.told_shares(names):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from es_megatron.algorithm.evolution import NO_LOSS
 from es_megatron.rank_grid import RankGrid
 from es_megatron.scoring import Scorer
 
@@ -65,7 +66,7 @@ def sequence_sums(output: Tensor, mask: Tensor, tokens: int | None = None) -> Te
 
 
 def sequence_losses(output: Tensor, mask: Tensor, tokens: int | None = None) -> Tensor:
-    """Mean token loss of each sequence under its mask, detached; nan where no token counts.
+    """Mean token loss of each sequence under its mask, detached; `NO_LOSS` where no token counts.
 
     Args:
         output: token losses `[b, T]`, of whole sequences.
@@ -76,7 +77,9 @@ def sequence_losses(output: Tensor, mask: Tensor, tokens: int | None = None) -> 
         float32 `[b]`.
     """
     loss_B, count_B = sequence_sums(output, mask, tokens)
-    return loss_B / count_B
+    mean_B = loss_B / count_B
+    mean_B = torch.where(mean_B == NO_LOSS, torch.nan, mean_B)  # of a loss function of one's own that has gone wrong
+    return torch.where(count_B == 0, NO_LOSS, mean_B)
 
 
 def padded(ids: Int64, share: int, multiple: int) -> Int64:
@@ -98,7 +101,7 @@ def means_of(found: list[Tensor], grid: RankGrid) -> Float32 | None:
         grid: this rank's place.
 
     Returns:
-        float32[n], nan where no token counts; float32[2, n] with the bounds of gradient norms; None on stages without
+        float32[n], `NO_LOSS` where no token counts; float32[2, n] with the bounds of gradient norms; None on stages without
         losses.
     """
     sums = join(found)
@@ -106,7 +109,9 @@ def means_of(found: list[Tensor], grid: RankGrid) -> Float32 | None:
         return None
     loss, count, *squares = grid.sum_over_cp(sums)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.stack([loss / count, np.sqrt(squares[0]) / count]) if squares else loss / count
+        mean = np.where(loss / count == NO_LOSS, np.float32(np.nan), loss / count)
+        mean = np.where(count == 0, np.float32(NO_LOSS), mean)
+        return np.stack([mean, np.sqrt(squares[0]) / count]) if squares else mean
 
 
 @contextmanager

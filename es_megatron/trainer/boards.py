@@ -50,7 +50,8 @@ class WandbBoard:
         except Exception as error:  # the client's errors have no base class of their own
             why = f"{type(error).__name__}: {error}".rstrip(".")
             raise ConfigError(
-                f"`run.wandb` must be off where Weights & Biases cannot begin: {why}. Log in (`wandb login`), or set WANDB_MODE=offline."
+                f"`run.wandb` must be off where Weights & Biases cannot begin: {why}. Log in (`wandb login`), or set "
+                "WANDB_MODE=offline."
             ) from error
 
     def write(self, scalars: Mapping[str, float], iteration: int) -> None:

@@ -269,6 +269,7 @@ class Trainer:
             "nominal_saving": predict(plan, whole).saving,
             "calibrated_saving": calibrated.saving,
             "non_finite_losses": self.totals.bad,
+            "masked_sequences": self.totals.masked,
             "skipped_iterations": self.totals.skipped,
             "validation": self.evaluations[-1] if self.evaluations else None,
             "evaluations": self.evaluations,

@@ -14,6 +14,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from es_megatron.algorithm.evolution import NO_LOSS
 from es_megatron.core.plan import Layout
 from es_megatron.frameworks.feed import Rows, collate
 from es_megatron.frameworks.megatron_core import mask_of_partial
@@ -119,8 +120,9 @@ def evaluate(passes: BarePasses, domains: Mapping[str, Rows]) -> dict[str, float
             continue
         mine = np.arange(grid.dp_rank, count, grid.dp_size)
         own = losses_of_rows(passes, rows, mine, math.ceil(count / grid.dp_size))
+        own = own[own != NO_LOSS]
         total = grid.sum_over_dp(np.asarray([own.sum(dtype=np.float64), len(own)]))
-        losses[name] = float(total[0] / total[1])
+        losses[name] = float(total[0] / total[1]) if total[1] else math.nan
     return losses
 
 
@@ -137,7 +139,7 @@ def losses_of_rows(
         tokens: first tokens of a row that count; None: all.
 
     Returns:
-        float32[N], the same on every rank of the copy.
+        float32[N], the same on every rank of the copy; `NO_LOSS` where all tokens of a row are masked.
     """
     settings = passes.settings
     size = settings.training.micro_batch_size

@@ -10,21 +10,36 @@ import numpy as np
 import pytest
 import torch
 
+from es_megatron.algorithm.evolution import NO_LOSS
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.errors import ConfigError, LossError
+from es_megatron.frameworks import megatron_core, scoring
 from es_megatron.trainer.model import initialize
 from tests.es_config import es_config
 from tests.ranks_helper import on_ranks, run_on_ranks
-from tests.small_loop import MANIFEST, Loop, RandomRows
+from tests.small_loop import MANIFEST, Loop, RandomRows, swap
 from tests.small_run import META_BATCH, settings_of
 
 # --- losses ---
 
 
+def spoil_losses() -> None:
+    """Have a row without a loss report one that is not finite, until this process ends."""
+    true = scoring.sequence_losses
+
+    def spoiled(*args: Any) -> torch.Tensor:
+        losses = true(*args)
+        return torch.where(losses == NO_LOSS, torch.nan, losses)
+
+    swap(megatron_core, "sequence_losses", spoiled)
+
+
 def evolve_with(
-    empty: tuple[int, ...], share: float, iterations: int, *overrides: str
+    empty: tuple[int, ...], share: float, iterations: int, *overrides: str, masked: bool = False
 ) -> tuple[list[list[int]], list[int], bytes]:
-    """Chosen ids, bad counts and visits of a loop whose rows in `empty` have no loss."""
+    """Chosen ids, counts and visits of a loop whose rows in `empty` have a bad loss, or none if `masked`."""
+    if not masked:
+        spoil_losses()
     settings = settings_of(
         Path("unused"), Path("unused"), f"evolved_sampling.selection.max_bad_losses={share}", *overrides
     )
@@ -36,19 +51,21 @@ def evolve_with(
     for _ in range(iterations):
         chosen.append(loop.evolve().chosen)
         assert engine.last is not None
-        bad.append(engine.last.bad)
+        assert 0 in (engine.last.bad, engine.last.masked)
+        bad.append(engine.last.masked if masked else engine.last.bad)
     return chosen, bad, engine.store.visits.tobytes()
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["bad", "masked"])
 @pytest.mark.parametrize("overrides", [(), ("parallel.pipeline=2",)], ids=["dp2", "pp2"])
-def test_a_sample_without_a_loss_is_skipped_and_told(
-    overrides: tuple[str, ...], caplog: pytest.LogCaptureFixture
+def test_a_sample_without_a_finite_loss_is_skipped_and_told_if_it_should_have_one(
+    overrides: tuple[str, ...], masked: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     empty = (3, 40, 72)
 
     def run() -> tuple[Any, list[str]]:
         with caplog.at_level("WARNING"):
-            found = evolve_with(empty, 0.25, 12, *overrides)
+            found = evolve_with(empty, 0.0 if masked else 0.25, 12, *overrides, masked=masked)
         return found, [record.getMessage() for record in caplog.records if "non-finite" in record.getMessage()]
 
     told = run_on_ranks(2, run)
@@ -57,8 +74,9 @@ def test_a_sample_without_a_loss_is_skipped_and_told(
         evolving = [ids for ids in chosen if len(ids) == 4]
         assert len(evolving) >= 9
         assert not set(empty) & set().union(*evolving)
-        assert sum(bad) == len(messages) >= 2
-        assert any("a[3]" in message for message in messages)
+        assert sum(bad) >= 2
+        assert len(messages) == (0 if masked else sum(bad))
+        assert masked or any("a[3]" in message for message in messages)
         assert all("left out" in message for message in messages)
     visits = np.frombuffer(told[0][0][2], np.uint8)
     if overrides:

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from es_megatron.checkpoint import disk
 from es_megatron.data.manifest import Component, Manifest
-from es_megatron.errors import CheckpointError, ConfigError, LossError
+from es_megatron.errors import CheckpointError, ConfigError, DataError, LossError
 from es_megatron.frameworks.deepspeed_common import check_engine, mean_loss, newest_tag, prepare
 from es_megatron.frameworks.deepspeed_engine import attach, logits_token_losses
+from es_megatron.frameworks.deepspeed_pipe import attach as attach_pipe
 from tests.es_config import es_config
 from tests.ranks_helper import run_on_ranks
 
@@ -375,5 +376,67 @@ def test_settings_may_be_a_json_file_or_passed(tmp_path):
         from_file = attached(str(path)).engine.config
         given = attached(json_of(1, evolved=None), config=es_config(**EVOLVED)).engine.config
         return from_file == given
+
+    assert run_on_ranks(1, body, timeout=SECONDS) == [True]
+
+
+def test_losses_of_another_shape_are_refused_before_anything_is_trained():
+    def mean_of(engine, batch):
+        return logits_token_losses(engine, batch).mean()
+
+    def asking(engine, batch):
+        return logits_token_losses(engine, batch) * batch["weights"]
+
+    def body():
+        told = []
+        for wrong, kind in ((mean_of, ConfigError), (asking, DataError)):
+            sampling = attach(engine_of(json_of(1)), MANIFEST, Rows(), train_samples=SAMPLES, token_losses=wrong)
+            before = weights_of(sampling.deepspeed)
+            with pytest.raises(kind) as raised:
+                sampling.step()
+            assert torch.equal(weights_of(sampling.deepspeed), before)
+            told.append(str(raised.value))
+        return told
+
+    told = run_on_ranks(2, body, timeout=SECONDS)
+    assert told[0] == told[1]
+    assert told[0][0].startswith(
+        "`token_losses` must give the loss of each token, a tensor [B, T] = [2, 8], but gives []"
+    )
+    assert "asks a micro-batch for `weights`, but samples have ['labels', 'loss_mask'" in told[0][1]
+
+
+def test_a_pipeline_refuses_losses_without_their_mask():
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    def body():
+        engine_of(json_of(1))  # joins the process group
+        for given, part in (
+            (lambda losses, mask: losses, "but gives"),
+            (lambda losses, mask: (losses[0], mask), "[8]"),
+        ):
+
+            def token_losses(logits, labels, given=given):
+                losses = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels[0].flatten(), reduction="none"
+                ).view(labels[0].shape)
+                return given(losses, labels[1])
+
+            layers = [LayerSpec(torch.nn.Embedding, VOCABULARY, 16), LayerSpec(torch.nn.Linear, 16, VOCABULARY)]
+            network = PipelineModule(layers=layers, num_stages=1, loss_fn=lambda *_: None)
+            sampling = attach_pipe(
+                deepspeed.initialize(
+                    model=network, optimizer=optimizer_of(network), config=json_of(1), dist_init_required=False
+                )[0],
+                MANIFEST,
+                Rows(),
+                train_samples=SAMPLES,
+                token_losses=token_losses,
+                pack=lambda batch: (batch["tokens"], (batch["labels"], batch["loss_mask"])),
+            )
+            with pytest.raises(ConfigError, match="`token_losses` must give the loss") as raised:
+                sampling.step()
+            assert part in str(raised.value)
+        return True
 
     assert run_on_ranks(1, body, timeout=SECONDS) == [True]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from es_megatron.algorithm.evolution import NO_LOSS
 from es_megatron.algorithm.randomness import Purpose, component_key, uniforms
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.step import Trained, Work
@@ -293,7 +294,7 @@ def test_a_rerun_counts_once_and_a_skip_not_at_all() -> None:
 
 
 def test_bad_losses_are_left_out_counted_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    bad = {3: math.nan, 61: math.inf, 88: -math.inf}
+    bad = {3: math.nan, 61: math.inf, 88: math.nan}
     engine = make()
     fake, records = run(engine, lambda n, t: bad.get(n, loss_of(n, t)))
     for record in records:
@@ -308,6 +309,21 @@ def test_bad_losses_are_left_out_counted_and_named(caplog: pytest.LogCaptureFixt
     assert any("c1[1]" in message for message in caplog.messages)
     assert any(record.bad and not record.evolving for record in records), "in annealing too"
     assert fake.trained
+
+
+def test_rows_without_a_loss_are_not_chosen_and_counted_apart(caplog: pytest.LogCaptureFixture) -> None:
+    """All tokens masked: nothing bad, so none of them is told, and no number of them stops the run."""
+    masked = set(range(0, 100, 3))
+    engine = make(max_bad_losses=0.0)
+    _, records = run(engine, lambda n, t: NO_LOSS if n in masked else loss_of(n, t))
+    for record in records:
+        assert record.bad == 0
+        assert math.isfinite(record.meta_loss)
+        if record.evolving:
+            assert not masked & set(record.chosen.tolist())
+    assert sum(record.masked for record in records) > B
+    assert not engine.store.visits[sorted(masked & set(range(len(engine.store.visits))))].any()
+    assert not [message for message in caplog.messages if "non-finite" in message]
 
 
 def test_infobatch_weighs_up_only_what_had_a_score() -> None:

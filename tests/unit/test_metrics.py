@@ -14,23 +14,23 @@ from es_megatron.core.step import StepRecord
 
 
 def record(
-    components: list[int], *, scored: int = 0, evolving: bool = True, bad: int = 0, **seconds: float
+    components: list[int], *, scored: int = 0, evolving: bool = True, bad: int = 0, masked: int = 0, **seconds: float
 ) -> StepRecord:
     ids = np.arange(len(components))
-    return StepRecord(0, evolving, scored, ids, np.asarray(components), 1.0, 1.0, bad, seconds)
+    return StepRecord(0, evolving, scored, ids, np.asarray(components), 1.0, 1.0, bad, seconds, masked=masked)
 
 
 def filled() -> RunTotals:
     totals = RunTotals(3, 8)
     totals.add(record([0, 0, 2], scored=8, score=1.0, train=2.0), {"step": 4.0}, succeeded=True)
-    totals.add(record([1] * 8, evolving=False, bad=2, train=3.0), {"step": 5.0}, succeeded=False)
+    totals.add(record([1] * 8, evolving=False, bad=2, masked=3, train=3.0), {"step": 5.0}, succeeded=False)
     return totals
 
 
 def test_totals_add_up() -> None:
     totals = filled()
     assert (totals.sequences_scored, totals.sequences_trained, totals.evolving_iterations) == (8, 11, 1)
-    assert (totals.bad, totals.skipped) == (2, 1)
+    assert (totals.bad, totals.masked, totals.skipped) == (2, 3, 1)
     assert totals.chosen.tolist() == [2, 8, 1]
     assert totals.seconds == {"score": 1.0, "train": 5.0, "step": 9.0}
 
@@ -50,7 +50,9 @@ def test_a_state_that_lacks_something_is_refused() -> None:
     older = RunTotals(3, 8)
     older.load_state_dict({name: value for name, value in state.items() if name != "drawn"})
     assert older.drawn.tolist() == older.chosen.tolist(), "of a version that did not count draws"
-    for key in state.keys() - {"drawn"}:
+    older.load_state_dict({name: value for name, value in state.items() if name != "masked"})
+    assert older.masked == 0, "of a version that did not count masked ones"
+    for key in state.keys() - {"drawn", "masked"}:
         with pytest.raises(KeyError, match=key):
             RunTotals(3, 8).load_state_dict({name: value for name, value in state.items() if name != key})
 
