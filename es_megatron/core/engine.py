@@ -1,7 +1,6 @@
 """One training step of Evolved Sampling, written once against what a framework can do.
 
-position -> (component, epoch, row) -> meta-batch -> losses -> scores.evolve -> weights -> choice -> training ->
-optimizer step -> scores.commit. All ranks run the same code on the same numbers; collectives are few and small.
+Position -> sample -> losses -> scores.evolve -> weights -> choice -> training -> scores.commit, on all ranks alike.
 """
 
 from __future__ import annotations

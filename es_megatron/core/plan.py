@@ -28,6 +28,7 @@ from es_megatron.scoring.arms import prunes
 
 FORWARD_COST = 1.0
 TRAIN_COST = 3.0
+NEVER_IDLE = "in the training pass; without pipeline stages nothing is idle, so that this saves nothing"
 
 
 @dataclass(frozen=True)
@@ -350,7 +351,8 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
     if plan.schedule.ramp.stages:
         rows["ramp-up"] = plan.schedule.ramp.told()
     if plan.scorer.merges and plan.evolving_iterations:
-        rows["scored early"] = _merged_words(plan, layout)
+        order = layout.merged_order(plan.kept / plan.meta_batch, plan.scored_share)
+        rows["scored early"] = order.told if layout.pipeline > 1 else NEVER_IDLE
     if calibrated:
         measured = f"backward = {layout.backward / layout.forward:.2f} forward on this machine"
         rows[""] = f"{predicted.saving:.1%} calibrated ({measured}), {predicted.selecting:.1%} while selecting"
@@ -371,17 +373,6 @@ def describe(plan: Plan, layout: Layout, seq_length: int, *, calibrated: bool) -
             "save. Lower `keep_ratio`, use more micro-batches per rank, or the `history` scorer."
         )
     return "\n".join(lines)
-
-
-def _merged_words(plan: Plan, layout: Layout) -> str:
-    """What merged scoring does on a layout."""
-    if layout.pipeline == 1:
-        return "in the training pass; without pipeline stages nothing is idle, so that this saves nothing"
-    order = layout.merged_order(plan.kept / plan.meta_batch, plan.scored_share)
-    return (
-        f"{order.before} micro-batches of the next meta-batch before the {order.train} that are trained, {order.after} "
-        "after them, in one pass"
-    )
 
 
 def check_micro_batches(plan: Plan, per_micro_batch: int, pipeline: int, virtual: int) -> None:

@@ -62,6 +62,12 @@ class Order:
     after: int
 
     @property
+    def told(self) -> str:
+        """For people."""
+        early = f"{self.before} micro-batches of the next meta-batch before the {self.train} that are trained"
+        return f"{early}, {self.after} after them, in one pass"
+
+    @property
     def trains(self) -> list[bool]:
         """Of each micro-batch in turn, whether it trains."""
         return [False] * self.before + [True] * self.train + [False] * self.after

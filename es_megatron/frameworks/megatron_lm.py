@@ -1,8 +1,7 @@
 """Evolved Sampling in a run of unmodified Megatron-LM; the patches of its training loop call these functions.
 
-There is one run in a process. Every function does nothing while it is off. Upstream's count of iterations stays
-upstream's: iteration k of it is iteration k - `started_at` of ours, which is above 0 where scores were started from a
-plain checkpoint.
+There is one run in a process; functions do nothing while it is off. Iteration k of upstream's count is k - `started_at`
+of ours, which is above 0 where scores were started from a plain checkpoint.
 """
 
 from __future__ import annotations

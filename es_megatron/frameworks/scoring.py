@@ -101,8 +101,8 @@ def means_of(found: list[Tensor], grid: RankGrid) -> Float32 | None:
         grid: this rank's place.
 
     Returns:
-        float32[n], `NO_LOSS` where no token counts; float32[2, n] with the bounds of gradient norms; None on stages without
-        losses.
+        float32[n], `NO_LOSS` where no token counts; float32[2, n] with the bounds of gradient norms; None on stages
+        without losses.
     """
     sums = join(found)
     if sums is None:
