@@ -3,7 +3,8 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help venv style format check test test-all test-newest test-deepspeed test-megatron-lm trees gpu-check demo results-quick clean
+.PHONY: help venv style format check test test-all test-newest test-deepspeed test-megatron-lm trees gpu-check demo \
+    results-quick chaos clean
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
 TORCH ?= torch==2.13.0
@@ -30,7 +31,7 @@ export DS_BUILD_OPS ?= 0
 
 help:
 	@echo "make venv | style | format | check | test | test-all | test-newest | test-deepspeed | test-megatron-lm | gpu-check |"
-	@echo "     demo | results-quick | clean"
+	@echo "     demo | results-quick | chaos MINUTES=60 | clean"
 
 venv: $(STAMP)
 
@@ -100,6 +101,11 @@ demo: $(STAMP)
 results-quick: $(STAMP)
 	$(BIN)/es-megatron compare benchmarks/quality/tuning.yaml --cases clean damaged --seeds 1 2 3 \
 	    --arms uniform plain history excess band static
+
+# Faults of all kinds for so many minutes, and a table; goes on where it stopped, in runs/chaos. Needs a C compiler.
+MINUTES ?= 60
+chaos: $(STAMP)
+	$(BIN)/python -m tests.faults.chaos --minutes $(MINUTES) $(CHAOS_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

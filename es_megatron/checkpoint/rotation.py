@@ -56,6 +56,8 @@ class CheckpointDirectory:
             raise ConfigError(f"`keep` must be at least 1, but is {keep} instead. Set it to the checkpoints to keep.")
         self.root = Path(root)
         self.keep = keep
+        self.holds = False
+        """Whether older checkpoints stay for now, however many there are."""
         self._grid = grid
         self._damaged: set[str] = set()
 
@@ -146,7 +148,7 @@ class CheckpointDirectory:
                 disk.move_into_place(partial, final)
                 disk.replace_file(self.root / LATEST, final.name.encode() + b"\n")
         self._damaged.discard(final.name)
-        if self._grid.world_rank == 0:
+        if self._grid.world_rank == 0 and not self.holds:
             self._remove_oldest(iteration)
         self._grid.barrier()
         return final

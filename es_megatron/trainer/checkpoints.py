@@ -96,14 +96,23 @@ class RunCheckpoints:
         LOGGER.info("resumed from %s at iteration %d", self._found, engine.iteration)
         return list(state["evaluations"])
 
-    def save(self, backend: Backend, totals: RunTotals, evaluations: list[dict[str, Any]]) -> str | None:
+    def save(
+        self, backend: Backend, totals: RunTotals, evaluations: list[dict[str, Any]], *, hold: bool = False
+    ) -> str | None:
         """Write model and ES state of this iteration; the marker that makes them count comes last.
+
+        Args:
+            backend: that trains.
+            totals: so far.
+            evaluations: so far.
+            hold: whether to remove no older checkpoint after it.
 
         Returns:
             What to say of it; None if it goes on in the background.
         """
         self.advance(wait=True)
         self._began = time.perf_counter()
+        self._directory.holds = hold
         engine = backend.engine
         engine.check_copies()
         partial = self._directory.begin(engine.iteration)

@@ -227,7 +227,10 @@ class Trainer:
         if self.totals.skipped >= self.engine.iteration:
             journal.say("nothing to save yet: no optimizer step was taken")
             return
-        told = self.checkpoints.save(self.backend, self.totals, self.evaluations)
+        hold = (
+            self._over_skipped > 0 and self.settings.training.max_skipped > 0
+        )  # the last good one may be an older one
+        told = self.checkpoints.save(self.backend, self.totals, self.evaluations, hold=hold)
         self._saved_at = self.engine.iteration
         if told:
             journal.say(told)

@@ -232,6 +232,7 @@ def damage(prefix: Path, case: str) -> None:
         "not an idx": (tokens, b"x" * len(index)),
         "float tokens": (tokens, index[:17] + b"\7" + index[18:]),
         "wrong length": (tokens, index[:34] + bytes([index[34] + 1]) + index[35:]),
+        "long document": (tokens, index[:34] + struct.pack("<I", 3_000_000_000) + index[38:]),
         "documents": (tokens, index[:-8] + struct.pack("<q", 2)),
     }
     for path, content in zip((bin_path, idx_path), contents[case], strict=True):
@@ -254,6 +255,7 @@ def damage(prefix: Path, case: str) -> None:
         ("not an idx", r"a.idx` must be a Megatron index"),
         ("float tokens", r"a.idx` must have version 1 and an integer token type, .* type code 7"),
         ("wrong length", r"a.idx` is damaged: its sequences"),
+        ("long document", r"a.idx` has a sequence of -1294967296 tokens\. .* fewer than 2\^31 tokens"),
         ("documents", r"a.idx` is damaged: its documents"),
     ],
 )

@@ -91,14 +91,17 @@ def test_what_cannot_change_on_resume_is_refused(override: str, blend: Path, tmp
     assert f"`{override.partition('=')[0]}` was " in message
 
 
-def test_a_run_whose_steps_are_skipped_stops_and_keeps_its_checkpoints(blend: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("interval", "kept"), [(3, [3, 6]), (2, [2, 4, 6])])
+def test_a_run_whose_steps_are_skipped_stops_and_keeps_its_checkpoints(
+    interval: int, kept: list[int], blend: Path, tmp_path: Path
+) -> None:
     def spoil(trainer: Trainer, iteration: int) -> None:
         if iteration >= STOP and iteration != STOP + 1:
             for chunk in chunks_of(trainer):
                 chunk.buffers[0].grad_data.fill_(float("nan"))
 
     def run() -> str:
-        options = ("training.max_skipped=3", "run.save_interval=3")
+        options = ("training.max_skipped=3", f"run.save_interval={interval}", "run.keep_checkpoints=1")
         with pytest.raises(LossError) as raised:
             train(settings_of(blend, tmp_path, *SHORT, *options), spoil)
         return str(raised.value)
@@ -107,7 +110,8 @@ def test_a_run_whose_steps_are_skipped_stops_and_keeps_its_checkpoints(blend: Pa
     assert told[0] == told[1]
     assert "3 more optimizer steps than were taken have been skipped up to iteration 8" in told[0]
     assert "(iteration 6 is saved)" in told[0]
-    assert sorted(each.name for each in (tmp_path / "checkpoints").glob("iter_*")) == ["iter_0000003", "iter_0000006"]
+    names = sorted(each.name for each in (tmp_path / "checkpoints").glob("iter_*"))
+    assert names == [f"iter_{iteration:07d}" for iteration in kept]  # one would be kept if no step had been skipped
     assert not (tmp_path / "summary.json").exists()
 
 

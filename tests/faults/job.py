@@ -104,6 +104,10 @@ class Job:
         assert pid is not None
         return pid
 
+    def alive(self) -> bool:
+        """Whether all ranks are still there."""
+        return all(process.is_alive() for process in self.processes)
+
     def codes(self, seconds: float = 60.0) -> list[int | None]:
         """Exit codes within a time, negative for signals; None of a rank that was still there, and is ended."""
         until = time.monotonic() + seconds
