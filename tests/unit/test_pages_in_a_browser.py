@@ -22,6 +22,8 @@ from tests.metrics_run import finish, plan_of, write_run
 from tests.unit.test_compare_results import ARMS, outcomes_of
 from tests.unit.test_compare_spec import PATH, changed
 
+pytestmark = pytest.mark.slow
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
 WIDTHS = (1400, 390)

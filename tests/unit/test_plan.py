@@ -193,5 +193,5 @@ def test_a_measured_cost_of_scoring_leaves_a_budget_more_to_train_on() -> None:
     kept = {cost: plan(budget=0.625, anneal=0, scoring_cost=cost).kept for cost in (None, 1.0, 0.5)}
     assert kept == {None: 10, 1.0: 10, 0.5: 16}  # 60 = 32 * cost + 3 b, rounded up to a multiple of 2
     assert plan(scoring_cost=0.5).break_even_gain == pytest.approx(1 + 0.5 * 32 / (3 * 8))
-    with pytest.raises(ConfigError, match=r"`scorer\.cost` must be above 0"):
+    with pytest.raises(ConfigError, match=r"`scorer\.cost` must be > 0"):
         plan(scoring_cost=0.0)

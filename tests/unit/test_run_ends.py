@@ -18,6 +18,7 @@ from es_megatron.trainer import signals
 from es_megatron.trainer.changes import OF_THE_LENGTH, SECTIONS, TAKE_EFFECT, changes, comparable
 from es_megatron.trainer.finished import SUMMARY, finished_summary, told
 from es_megatron.trainer.settings import SETTINGS, PretrainSettings, write_settings
+from tests.signals_helper import heed_all
 
 
 def settings_of(directory="run", **training):
@@ -30,6 +31,16 @@ def settings_of(directory="run", **training):
     return build(PretrainSettings, content, "test")
 
 
+@pytest.fixture
+def heeding():
+    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    heed_all()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeding")
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_a_signal_asks_once_and_the_handlers_of_before_come_back(number):
     before, asked = signal.getsignal(number), []
@@ -62,7 +73,14 @@ with signals.stopping(lambda: print("asked", flush=True)):
     os.kill(os.getpid(), signal.{number})
     print("goes on", flush=True)
 """
-    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        preexec_fn=heed_all,
+    )
 
 
 def test_a_second_interrupt_ends_at_once():

@@ -225,13 +225,13 @@ def test_attach_and_save_look_at_the_data(tmp_path: Path, monkeypatch: Any) -> N
     blend = load_blend(make_blend(tmp_path), LENGTH)
     engine = SimpleNamespace(grid=RankGrid.alone(), config=EvolvedSamplingConfig(), save=lambda folder: folder)
     handle = Handle(engine, None, 0)  # type: ignore[arg-type]
-    monkeypatch.setattr(front_door, "_attach", lambda *_: handle)
-    assert front_door.attach(None, blend, train_samples=1).save("here") == "here"
+    monkeypatch.setattr(front_door, "_attach", lambda *_: (handle, (1, 1)))
+    assert front_door.attach(None, blend, train_samples=1, show_plan=False).save("here") == "here"
     monkeypatch.setattr(data_check, "FIRST_SECONDS", 0.0)
     go_on = threading.Event()
     monkeypatch.setattr(data_check, "verify", lambda *given: go_on.wait(60) and verify(*given))
     change(tmp_path / "a.bin", 7_001)
-    front_door.attach(None, blend, train_samples=1).save("here")
+    front_door.attach(None, blend, train_samples=1, show_plan=False).save("here")
     assert handle.data is not None
     go_on.set()
     assert handle.data._done.wait(60)
