@@ -103,7 +103,9 @@ class EvolvedTrainer(Trainer):
             "label_smoothing_factor": bool(self.args.label_smoothing_factor),
             "compute_loss_func": self.compute_loss_func is not None,
             "auto_find_batch_size": self.args.auto_find_batch_size,
-            "model.config.output_router_logits": getattr(self.model.config, "output_router_logits", False),
+            "model.config.output_router_logits": getattr(
+                getattr(self.model, "config", None), "output_router_logits", False
+            ),
         }
         for name in (name for name, on in opposed.items() if on):
             raise ConfigError(

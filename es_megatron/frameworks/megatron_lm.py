@@ -326,8 +326,7 @@ def log(iteration: int) -> None:
         f"tokens forwarded: {scored + trained:.3f} M",
         f"tokens trained: {trained:.3f} M",
         f"es score/train (ms): {score:.1f}/{train:.1f}",
-        f"nan sequences: {totals.bad}",
-        *([f"masked sequences: {totals.masked}"] if totals.masked else []),
+        f"nan sequences: {totals.bad}" + (f" (and {totals.masked} masked)" if totals.masked else ""),
     ]
     names = [component.name for component in engine.manifest.components]
     if shares := totals.told_shares(names):
