@@ -150,7 +150,7 @@ def command_line(arguments: list[str]) -> tuple[int, str]:
 
 
 SETTINGS = [
-    ("training.learning_rate=1", "Unknown key `learning_rate`", "Known keys: passes"),
+    ("training.learning_rate=1", "Unknown key `learning_rate`", "Did you mean `lr`?"),
     ("evolved_sampling.keepratio=0.5", "Unknown key `keepratio`", "Did you mean `selection.keep_ratio`?"),
     ("evolved_sampling.scores.beta1=1.5", "`scores.beta1` must be in [0, 1], but is 1.5 instead", ""),
     ("evolved_sampling.scores.beta2=1", "`scores.beta2` must be in [0, 1), but is 1.0 instead", ""),

@@ -46,7 +46,7 @@ def rates(settings: Any, stop: int | None = None) -> tuple[list[float], dict[str
         done = iterate()
         seen.append(done.rate)
         if trainer.engine.iteration == stop:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
         return done
 
     trainer.backend.iterate = watched  # pyright: ignore[reportAttributeAccessIssue]
