@@ -183,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(act(parsed))
     except EsError as error:
-        print(f"es-megatron {chosen.command}: error: {error}", file=sys.stderr)
+        with suppress(OSError, ValueError):  # of a log on a full disk, or a closed one: the exit code says it, too
+            print(f"es-megatron {chosen.command}: error: {error}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -80,8 +80,13 @@ class Job:
             code = cli.main(arguments)
         except BaseException:  # noqa: BLE001 - told in the rank's output, like an interpreter does
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:  # a limit on file sizes holds for what it prints, too
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
         sys.exit(code)
 
     def said(self, rank: int) -> str:

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +104,11 @@ sys.exit(code)
     assert done.returncode == 2
     assert done.stderr.startswith("es-megatron pretrain: error: Unknown key `learning_rate`"), done.stderr
     assert done.stderr.rstrip().endswith("Did you mean `lr`?")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code():
+    with open("/dev/full", "w") as full:
+        words = ["-m", "es_megatron", "pretrain", "--config", "nowhere.yaml"]
+        ended = subprocess.run([sys.executable, *words], check=False, stderr=full, timeout=60)
+    assert ended.returncode == 2
