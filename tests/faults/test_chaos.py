@@ -14,7 +14,7 @@ from tests.faults import shim
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(600)  # 25 s on an idle machine
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(shim.compiler() is None, reason="there is no C compiler")
 def test_core(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.faults.chaos", "--core", "--folder", str(tmp_path)]
