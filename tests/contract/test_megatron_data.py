@@ -255,7 +255,7 @@ def damage(prefix: Path, case: str) -> None:
         ("not an idx", r"a.idx` must be a Megatron index"),
         ("float tokens", r"a.idx` must have version 1 and an integer token type, .* type code 7"),
         ("wrong length", r"a.idx` is damaged: its sequences"),
-        ("long document", r"a.idx` has a sequence of -1294967296 tokens\. .* fewer than 2\^31 tokens"),
+        ("long document", r"a.idx` has a sequence of -1294967296 tokens\. .* fewer than 2\^31"),
         ("documents", r"a.idx` is damaged: its documents"),
     ],
 )

