@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -61,6 +62,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 def compare_spec(path: Path, arguments: argparse.Namespace) -> bool:
     """Run what is not finished of one spec, as the command line says, and report; returns whether a run has failed."""
+    for name in ("megatron", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     from es_megatron.bench.comparison import Comparison  # imports torch
     from es_megatron.bench.kept import KeptRuns
 

@@ -222,6 +222,8 @@ class Comparison:
         plots = draw(results, self.directory / "plots")
         told = f", {len(plots)} plots" if plots else "; plots need matplotlib, `pip install es_megatron[report]`"
         print(f"\n{text}\n\n{self.directory}: {', '.join(written)}{told}", flush=True)
+        if "page.html" in written:
+            print(f"The page to look at: {(self.directory / 'page.html').absolute()}", flush=True)
         return any(outcome.error for outcome in self.outcomes.values())
 
 

@@ -158,7 +158,7 @@ def _case(
 ) -> CaseResult:
     arms = {arm: _arm(spec, outcomes, case, arm, units, charges.get((case, arm), 0.0)) for arm in spec.arms}
     for name, result in arms.items():
-        off = _off(arms[spec.equal_cost[0]], result) if name in spec.equal_cost else {}
+        off = _off(spec, arms[spec.equal_cost[0]], result) if name in spec.equal_cost else {}
         others = [reference for reference in spec.references if reference != name]
         arms[name] = dataclasses.replace(
             result,
@@ -217,11 +217,12 @@ def _edge(spec: Spec, point: Point | None) -> str:
     return " and ".join(found) if len(rates) > 1 else ""
 
 
-def _off(yardstick: ArmResult, result: ArmResult) -> dict[str, float]:
-    """By how much an arm misses the cost it claims, where it does."""
+def _off(spec: Spec, yardstick: ArmResult, result: ArmResult) -> dict[str, float]:
+    """By how much an arm misses the cost it claims, where it does; what its budget left to a reference counts."""
+    own, other = (arm.reference / spec.reference_runs if spec.reference_runs else 0.0 for arm in (result, yardstick))
     shares = {
-        "calibrated": result.cost / yardstick.cost - 1,
-        "nominal": result.nominal_cost / yardstick.nominal_cost - 1,
+        "calibrated": (result.cost + own) / (yardstick.cost + other) - 1,
+        "nominal": (result.nominal_cost + own) / (yardstick.nominal_cost + other) - 1,
     }
     return {unit: share for unit, share in shares.items() if abs(share) > TOLERANCE}
 

@@ -140,6 +140,18 @@ def test_costs_that_are_not_equal_are_flagged_in_the_unit_where_they_are_not(spe
     assert "! uniform: calibrated cost -8.8% against es, not equal." in render(found)
 
 
+def test_what_a_budget_left_to_a_reference_counts_where_costs_are_to_be_equal(spec):
+    shared = dataclasses.replace(spec, reference_runs=2)
+    losses = {"plain": [4.0] * 3, "uniform": [4.0] * 3, "es": [4.0] * 3}
+    outcomes = outcomes_of(losses, es={"trained": 40}, uniform={"trained": 50})  # of 80: 50% and 62.5%
+    assert conclude(shared, outcomes, {("clean", "es"): 0.25}).cases[0].arms["uniform"].off == {}
+    assert set(conclude(shared, outcomes).cases[0].arms["uniform"].off) == {"calibrated", "nominal"}
+    assert set(conclude(spec, outcomes, {("clean", "es"): 0.25}).cases[0].arms["uniform"].off) == {
+        "calibrated",
+        "nominal",
+    }
+
+
 def test_a_search_whose_best_rate_is_at_an_end_is_flagged():
     spec = read_spec(changed(learning_rates=[1e-3, 2e-3, 4e-3]), PATH)
     outcomes = {

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from es_megatron.bench import comparison
 from es_megatron.bench.crew import Answer, Crew
 from es_megatron.bench.kept import KeptRuns
 from es_megatron.bench.rates import Point, rates_document
+from es_megatron.bench.recipe import Sources
 from es_megatron.bench.results import conclude
 from es_megatron.bench.runs import (
     CaseBlend,
@@ -120,6 +122,34 @@ def test_rates_of_an_earlier_search_take_the_place_of_one(tmp_path):
         told = {**entries, "cases": cases, "arms": arms, "rates_like": {"other": "es"}, **wrong}
         with pytest.raises(ConfigError, match=re.escape(words)):
             read_spec(changed(**told), tmp_path / "spec.yaml")
+
+
+def test_a_search_that_goes_on_takes_what_an_earlier_day_has_finished(tmp_path, monkeypatch):
+    from tests.unit.test_compare_results import summary
+
+    monkeypatch.setattr(comparison, "make_blend", lambda *_: BLEND)
+    spec = read_spec(
+        changed(
+            arms={"es": {}}, references=[], learning_rates=[1e-3, 2e-3], weight_decays=[0.1, 0.5], search_seeds=[9]
+        ),
+        PATH,
+    )
+    found = comparison.Comparison(spec, tmp_path, tmp_path, Sources())
+    first, late, old = (Task("clean", "es", rate, 9, decay) for rate, decay in ((1e-3, 0.1), (2e-3, 0.1), (1e-3, 0.5)))
+
+    def end(task: Task, loss: float) -> None:
+        identity = identity_of(settings_of(spec, task, BLEND, tmp_path / task.folder), BLEND)
+        prepare_folder(tmp_path / task.folder, identity)
+        (tmp_path / task.folder / "summary.json").write_text(json.dumps(summary(loss)))
+
+    end(first, 3.0)
+    end(old, 2.5)
+    found.find(failures=False)
+    assert set(found.outcomes) == {first}, "which rate is the best is open, so whether the other decay counts"
+    end(late, 4.0)
+    found._finish(late, Answer(""))
+    assert set(found.outcomes) == {first, late, old}
+    assert best_point(spec, found.outcomes, "clean", "es") == (1e-3, 0.5)
 
 
 def test_kept_runs_count_wherever_they_were_run(spec, tmp_path):

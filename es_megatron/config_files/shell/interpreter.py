@@ -156,20 +156,16 @@ class Interpreter(Brancher):
         return True
 
     def _branches(self, command: Branches) -> bool | None:
-        bodies, sure = list[Callable[[], object]](), False
-        for condition, body in command.branches:
-            holds = self.block(condition) if condition else True
-            if holds is not False:
-                bodies.append(lambda body=body: self.block(body))
-            if holds is True:
-                sure = True
-                break
-        return self.either(bodies, sure=sure)
+        return self._first((self.block(when) if when else True, body) for when, body in command.branches)
 
     def _case(self, command: Case) -> bool | None:
-        subject, bodies, sure = text_of(self.text(command.word)), list[Callable[[], object]](), False
-        for pattern, body in command.branches:
-            holds = matches(subject, pattern)
+        subject = text_of(self.text(command.word))
+        return self._first((matches(subject, pattern), body) for pattern, body in command.branches)
+
+    def _first(self, branches: Iterable[tuple[bool | None, Block]]) -> bool | None:
+        """Run the first body whose condition holds, and those before it whose condition is not known."""
+        bodies, sure = list[Callable[[], object]](), False
+        for holds, body in branches:
             if holds is not False:
                 bodies.append(lambda body=body: self.block(body))
             if holds is True:
