@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from es_megatron.bench.identity import Flat, flat, same_settings
 from es_megatron.bench.runs import Outcome, Task
 from es_megatron.bench.spec import Spec
 from es_megatron.errors import ConfigError
@@ -44,16 +46,20 @@ class KeptRuns:
             return
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            self._entries = {_task(entry): entry for entry in content["runs"]}
+            for entry in content["runs"]:
+                gone = entry.pop("without", ())
+                settings = {**content["settings"], **entry["settings"]}
+                entry["settings"] = {name: value for name, value in settings.items() if name not in gone}
+                self._entries[_task(entry)] = entry
             self.charges = _pairs(content["charges"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"Results `{path}` cannot be read ({error!r}): correct it, or remove it.") from error
 
     def find(self, identity: Mapping[str, Any]) -> Outcome | None:
         """A finished run with this identity."""
-        digest = digest_of(identity)
-        found = (entry for entry in self._entries.values() if entry["digest"] == digest)
-        return next((Outcome(entry["summary"]) for entry in found), None)
+        data, settings = data_digest(identity), flat(identity["settings"])
+        found = (entry for entry in self._entries.values() if entry["data"] == data)
+        return next((Outcome(each["summary"]) for each in found if same_settings(each["settings"], settings)), None)
 
     @property
     def outcomes(self) -> dict[Task, Outcome]:
@@ -62,7 +68,8 @@ class KeptRuns:
 
     def note(self, task: Task, identity: Mapping[str, Any], outcome: Outcome) -> None:
         """Take a finished run in."""
-        told = {"digest": digest_of(identity), "summary": compact(outcome.summary)}
+        told = {"data": data_digest(identity), "settings": flat(identity["settings"])}
+        told["summary"] = compact(outcome.summary)
         self._entries[task] = {**task._asdict(), **told}
 
     def write(self, charges: Charges) -> None:
@@ -71,20 +78,41 @@ class KeptRuns:
         kept = {key: price for key, price in self.charges.items() if self._named(*key)}
         entries = [entry for entry in self._entries.values() if self._named(entry["case"], entry["arm"])]
         runs = sorted(entries, key=_order)
-        lines = ",\n".join(json.dumps(entry) for entry in runs)
+        usual = _most_common([entry["settings"] for entry in runs])
+        lines = ",\n".join(json.dumps(_against(entry, usual)) for entry in runs)
         told = json.dumps({case: {arm: _short(kept[c, arm]) for c, arm in kept if c == case} for case, _ in kept})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".tmp")
-        partial.write_text(f'{{"charges": {told},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
+        settings = json.dumps(usual, sort_keys=True)
+        content = f'{{"charges": {told},\n"settings": {settings},\n"runs": [\n{lines}\n]}}\n'
+        partial.write_text(content, encoding="utf-8")
         partial.replace(self._path)
 
     def _named(self, case: str, arm: str) -> bool:
         return self._spec is None or (case in self._spec.cases and arm in self._spec.arms)
 
 
-def digest_of(identity: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits of a run's identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def data_digest(identity: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits of what a run was made of beside its settings: blend and versions."""
+    others = {name: value for name, value in identity.items() if name != "settings"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _most_common(settings: Sequence[Flat]) -> dict[str, Any]:
+    """Of each setting the value that most runs have."""
+    counts: dict[str, Counter[str]] = {}
+    for each in settings:
+        for name, value in each.items():
+            counts.setdefault(name, Counter())[json.dumps(value)] += 1
+    return {name: json.loads(count.most_common(1)[0][0]) for name, count in counts.items()}
+
+
+def _against(entry: Mapping[str, Any], usual: Flat) -> dict[str, Any]:
+    """A run with only those settings that differ from the usual ones, and the names of those that it has not."""
+    settings: Flat = entry["settings"]
+    differ = {name: value for name, value in settings.items() if value != usual[name]}
+    gone = sorted(usual.keys() - settings.keys())
+    return {**entry, "settings": differ, **({"without": gone} if gone else {})}
 
 
 def compact(summary: Mapping[str, Any]) -> dict[str, Any]:

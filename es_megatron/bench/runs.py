@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import yaml
 
 from es_megatron.bench.entries import mapping
+from es_megatron.bench.identity import same_run, settings_identity
 from es_megatron.bench.rates import Point
 from es_megatron.bench.spec import Overrides, Spec
 from es_megatron.checkpoint.es_state import read_manifest
@@ -153,9 +153,7 @@ def identity_of(settings: Mapping[str, Any], blend: CaseBlend) -> dict[str, Any]
     Raises:
         CheckpointError: there are no such initial scores.
     """
-    made = build(PretrainSettings, dict(settings), "settings")
-    told = dataclasses.asdict(dataclasses.replace(made, evolved_sampling=made.evolved_sampling.filled_in()))
-    del told["run"], told["data"]["blend"]
+    told = settings_identity(build(PretrainSettings, dict(settings), "settings"))
     scores = told["evolved_sampling"]["scores"]["initial"]
     if scores is not None:
         told["evolved_sampling"]["scores"]["initial"] = scores_identity(Path(scores))
@@ -216,12 +214,12 @@ def prepare_folder(folder: Path, identity: Mapping[str, Any]) -> None:
 def read_outcome(folder: Path, identity: Mapping[str, Any]) -> Outcome | None:
     """How the run in a folder ended; None if it did not, or was made with other settings or data."""
     try:
-        if json.loads((folder / "identity.json").read_text(encoding="utf-8")) != identity:
+        if not same_run(json.loads((folder / "identity.json").read_text(encoding="utf-8")), identity):
             return None
         if (folder / "error.txt").exists():
             return Outcome({}, (folder / "error.txt").read_text(encoding="utf-8").strip())
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return None
     return Outcome(summary) if summary["finished"] else None
 

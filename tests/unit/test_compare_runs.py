@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import math
@@ -162,14 +163,15 @@ def test_kept_runs_count_wherever_they_were_run(spec, tmp_path):
     made = summary(4.123456789, iterations=10)
     for task, identity in zip(tasks, identities, strict=True):
         kept.note(task, identity, Outcome(made))
-    kept.note(Task("gone", "es", 1e-3, 1), {"other": 1}, Outcome(made))
+    other = {**identities[0], "blend": {"other": 1}}
+    kept.note(Task("gone", "es", 1e-3, 1), other, Outcome(made))
     kept.write({("clean", "es"): 1.5, ("gone", "es"): 2.0})
 
     again = KeptRuns(tmp_path / "results" / "spec.json", spec)
     found = again.find(identities[1])
     assert found is not None
     assert found.loss == 4.12346
-    assert again.find({"other": 1}) is None, "of a case that the spec no longer has"
+    assert again.find(other) is None, "of a case that the spec no longer has"
     assert again.charges == {("clean", "es"): 1.5}
     assert set(again.outcomes) == set(tasks)
     assert conclude(spec, again.outcomes).cases[0].arms["es"].losses == {}, (
@@ -199,6 +201,33 @@ def test_a_finished_run_with_equal_settings_counts_wherever_it_stands(spec, tmp_
     found = read_outcome(tmp_path, again)
     assert found is not None
     assert found.summary["iterations"] == 3
+
+
+def test_a_setting_that_is_new_counts_as_its_default(spec, tmp_path):
+    from tests.unit.test_compare_results import summary
+
+    task = Task("clean", "es", 1e-3, 1)
+    today = identity_of(settings_of(spec, task, BLEND, tmp_path), BLEND)
+    before = copy.deepcopy(today)
+    del before["settings"]["training"]["max_skipped"]  # did not exist then
+    finish(tmp_path / "run", before)
+    kept = KeptRuns(tmp_path / "kept.json")
+    kept.note(task, before, Outcome(summary(4.0, iterations=10)))
+    kept.note(task._replace(seed=2), today, Outcome(summary(5.0, iterations=10)))
+    kept.write({})
+    kept = KeptRuns(tmp_path / "kept.json")
+    for asked, found in ((before, True), (today, True), (changed_in(today, 3), False)):
+        assert (read_outcome(tmp_path / "run", asked) is not None) is found
+        assert (kept.find(asked) is not None) is found
+    later = copy.deepcopy(before)
+    del later["settings"]["training"]["clip_grad"]
+    assert read_outcome(tmp_path / "run", later) is None, "what a setting that is gone did is not known"
+
+
+def changed_in(identity, skipped):
+    other = copy.deepcopy(identity)
+    other["settings"]["training"]["max_skipped"] = skipped
+    return other
 
 
 def test_another_default_or_version_makes_another_run(spec, tmp_path, monkeypatch):
