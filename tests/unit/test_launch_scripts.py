@@ -18,6 +18,9 @@ import yaml
 from es_megatron.launch.command import add_arguments, run_launch
 from tests.signals_helper import heed_all
 
+# The tests put a stand-in in its place; `sys.orig_argv` may be relative.
+PYTHON = sys.executable
+
 NASTY = "a b'c\"d;touch pwned $(touch pwned) `touch pwned` ${IFS} \\ %n #x\n-oProxyCommand=touch"
 RUN = ["pretrain", "--config", "run one.yaml", f"run.directory={NASTY}"]
 
@@ -48,7 +51,7 @@ def stand_in(tmp_path, monkeypatch):
     """A Python that writes down its arguments and environment; gives what it wrote."""
     monkeypatch.chdir(tmp_path)
     path, seen = tmp_path / "my python", tmp_path / "seen.jsonl"
-    path.write_text(RECORDER.format(python=sys.executable, path=str(seen)))
+    path.write_text(RECORDER.format(python=PYTHON, path=str(seen)))
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
 
@@ -112,7 +115,7 @@ def slurm_script(tmp_path: Path, monkeypatch, capsys, **changes: object) -> Path
     tools = tmp_path / "tools"
     tools.mkdir()
     scontrol = '#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"\n'
-    for name, text in (("srun", SRUN.format(python=sys.orig_argv[0])), ("scontrol", scontrol)):
+    for name, text in (("srun", SRUN.format(python=PYTHON)), ("scontrol", scontrol)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
