@@ -28,7 +28,7 @@ from es_megatron.forecast.expected import way_of
 
 ROOT = Path(__file__).parents[1]
 QUALITY = ROOT / "benchmarks" / "quality"
-SPECS = ("search", "tuning", "proving", "ablations")
+SPECS = ("search", "tuning", "proving", "ablations", "shares", "merged")
 PAGES = Path("docs") / "results"
 EXPECTED = Path("es_megatron") / "forecast" / "expected.json"
 """What `es-megatron plan` tells of the loss: it comes with the package."""
@@ -49,6 +49,8 @@ TITLES = {
     "tuning": "The tuning blends",
     "proving": "The proving blends",
     "ablations": "One thing at a time",
+    "shares": "Less damage, and a larger meta-batch",
+    "merged": "Fresh scores in the pipeline's idle time",
 }
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.step_fresh import FRESH_ARMS, conclude_fresh, print_fresh
+from benchmarks.step_fresh import conclude_fresh, fresh_arms, print_fresh
 from benchmarks.step_sizes import MICRO_BATCH, VOCAB
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.data.manifest import Component, Manifest
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--scorer", choices=("paper", "fresh"), default="paper", help="fresh: score-then-train beside merged scoring"
     )
+    parser.add_argument("--keep-ratio", type=float, default=0.25, help="b/B, with --scorer fresh (0.25)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few iterations, to see that it runs")
     parser.add_argument("--iterations", type=int, default=24, help="iterations of the plain run, at three passes")
     parser.add_argument("--pipeline", type=int, nargs="+", default=[1, 2], help="pipeline sizes to measure")
@@ -107,7 +108,7 @@ def launch(arguments: argparse.Namespace, pipeline: int) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(pipeline)]
         command += ["-m", "benchmarks.step", "--worker", str(result), "--pipeline", str(pipeline)]
-        for name in ("micro_batches", "iterations", "hidden_size", "seq_length", "backend", "scorer"):
+        for name in ("micro_batches", "iterations", "hidden_size", "seq_length", "backend", "scorer", "keep_ratio"):
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -126,7 +127,7 @@ def work(arguments: argparse.Namespace) -> None:
         from benchmarks.step_megatron import MegatronBench as Bench
 
     blend = manifest(arguments)
-    arms = FRESH_ARMS if arguments.scorer == "fresh" else ARMS
+    arms = fresh_arms(arguments.keep_ratio) if arguments.scorer == "fresh" else ARMS
     bench: Any = Bench(arguments, arms, blend, RandomRows(arguments.seq_length, blend.total))
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     layouts = [bench.calibrate()]

@@ -1,8 +1,8 @@
 """The part of `benchmarks.step` that holds merged scoring against score-then-train, and both against the simulation.
 
-Every repeat is one iteration of each arm, one after the other, so that a slow spell of the machine falls on all of
-them. All iterations select; what the passes take is compared with `es_megatron.core.simulation` over the forward and
-backward that were timed in between.
+Iterations of the arms are interleaved, so that a slow spell of the machine falls on all of them. A repeat is the median
+of five of each, so that one slow step decides nothing. All iterations select; what the passes take is compared with
+`es_megatron.core.simulation` over the forward and backward that were timed in between.
 """
 
 from __future__ import annotations
@@ -16,13 +16,25 @@ import numpy as np
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.plan import Layout
 
-SELECTING: dict[str, Any] = {"preset": "paper", "selection": {"anneal": 0.0}}
-FRESH_ARMS = {
-    "plain": EvolvedSamplingConfig.from_mapping({"preset": "paper", "arm": "plain"}),
-    "score-then-train": EvolvedSamplingConfig.from_mapping(SELECTING),
-    "merged": EvolvedSamplingConfig.from_mapping({**SELECTING, "scorer": {"overlap": "merged"}}),
-}
-SCORING = ("score-then-train", "merged")
+NAMES = ("plain", "history", "score-then-train", "merged")
+SELECTS = NAMES[1:]
+PER_REPEAT = 5
+"""Iterations of each arm in one repeat."""
+
+
+def fresh_arms(keep_ratio: float) -> dict[str, EvolvedSamplingConfig]:
+    """The arms that take turns, all with one b/B."""
+    selection = {"anneal": 0.0, "keep_ratio": keep_ratio}
+    changes: dict[str, dict[str, Any]] = {
+        "plain": {"arm": "plain"},
+        "history": {"scorer": {"kind": "history"}},
+        "score-then-train": {},
+        "merged": {"scorer": {"overlap": "merged"}},
+    }
+    return {
+        name: EvolvedSamplingConfig.from_mapping({"preset": "paper", "selection": selection, **changes[name]})
+        for name in NAMES
+    }
 
 
 def conclude_fresh(bench: Any, seconds: dict[str, list[dict[str, float]]], layouts: list[Layout]) -> dict[str, Any]:
@@ -40,22 +52,28 @@ def conclude_fresh(bench: Any, seconds: dict[str, list[dict[str, float]]], layou
     share = plan.kept / plan.meta_batch
     simulated = {
         "plain": layout.whole(),
+        "history": layout.training(share),
         "score-then-train": layout.scoring() + layout.training(share),
         "merged": layout.merged(share),
     }
     # the first and the last iteration of a merged run score twice and never
-    repeats = min(map(len, seconds.values())) - 1
-    steps = {name: np.asarray([each["step"] for each in parts[1:repeats]]) for name, parts in seconds.items()}
-    passes = {name: [each["score"] + each["train"] for each in parts[1:repeats]] for name, parts in seconds.items()}
+    repeats = (min(map(len, seconds.values())) - 2) // PER_REPEAT
+    last = 1 + repeats * PER_REPEAT
+    steps = {
+        name: np.median(np.reshape([each["step"] for each in parts[1:last]], (repeats, PER_REPEAT)), axis=1)
+        for name, parts in seconds.items()
+    }
+    passes = {name: [each["score"] + each["train"] for each in parts[1:last]] for name, parts in seconds.items()}
     result: dict[str, Any] = {
         "micro_batches": layout.micro_batches,
+        "keep_ratio": share,
         "backward_over_forward": layout.backward / layout.forward,
-        "repeats": repeats - 1,
+        "repeats": repeats,
         "merged_saves_more_in": int((steps["merged"] < steps["score-then-train"]).sum()),
         "after": layout.merged_order(share).after,
         "arms": {},
     }
-    for name in FRESH_ARMS:
+    for name in NAMES:
         median = statistics.median(passes[name])
         saved = 1 - steps[name] / steps["plain"]
         low, middle_saved, high = np.quantile(saved, (0.25, 0.5, 0.75)).tolist()
@@ -75,14 +93,15 @@ def conclude_fresh(bench: Any, seconds: dict[str, list[dict[str, float]]], layou
 
 def print_fresh(measured: dict[str, dict[str, Any]], device: str) -> None:
     """One row per layout and arm."""
-    print(f"b/B = 1/4, measured on {device}; times are medians of repeats, savings medians with quartiles")
+    share = next(iter(measured.values()))["keep_ratio"]
+    print(f"b/B = {share:g}, measured on {device}; times are medians of repeats, savings medians with quartiles")
     print("layout        m  arm               passes ms  simulated  error   saved (25 to 75%)         predicted  ratio")
     for layout, result in measured.items():
-        for name in FRESH_ARMS:
+        for name in NAMES:
             row = result["arms"][name]
             head = f"{layout.partition(',')[0]:12} {result['micro_batches']:2}  {name:16} {row['passes_ms']:10.1f}"
             line = f"{head} {row['simulated_ms']:10.1f} {row['error']:+7.1%}"
-            if name in SCORING:
+            if name in SELECTS:
                 low, high = row["saving_quartiles"]
                 line += f"  {row['saving']:6.1%} ({low:.1%} to {high:.1%})".ljust(28)
                 line += f"{row['predicted_saving']:8.1%} {row['ratio']:6.2f}"

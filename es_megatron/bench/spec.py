@@ -40,8 +40,8 @@ KEYS = (
 SHIPPED = Path("compare") / "demo.yaml"
 """The spec of the demo, below the shipped `configs`."""
 
-MERGED = ("blends", "arms", "reference_models")
-"""Mappings to which a spec adds entries of its own where it extends another."""
+MERGED = ("blends", "arms", "reference_models", "rates_like")
+"""Mappings to which a spec adds entries of its own where it extends another, or takes entries out with null."""
 
 OWN = (
     "training.lr",
@@ -172,7 +172,9 @@ class Spec:
 
 
 def load_spec(path: Path) -> Spec:
-    """Read a spec, over the one that it `extends`: entries of mappings are added to its, anything else is replaced.
+    """Read a spec, over the one that it `extends`.
+
+    Entries of mappings are added to its, those that are null are taken out of it, anything else is replaced.
 
     Raises:
         ConfigError: no such file, not YAML, or a key is unknown, missing, of another type or out of range.
@@ -192,8 +194,11 @@ def _load(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
     if "extends" not in content:
         return content
     extended = _load(path.parent / str(content.pop("extends")), (*before, path))
-    both = {key: {**extended[key], **content[key]} for key in MERGED if key in extended and key in content}
-    return {**extended, **content, **both}
+    for key in MERGED:
+        if key in extended and key in content:
+            entries = {**extended[key], **mapping(content[key], f"{path}: {key}")}
+            content[key] = {name: entry for name, entry in entries.items() if entry is not None}
+    return {**extended, **content}
 
 
 def read_spec(content: Any, path: Path) -> Spec:

@@ -171,6 +171,8 @@ def test_a_spec_adds_to_the_one_that_it_extends(tmp_path):
     assert list(spec.arms) == ["plain", "es", "other"]
     assert spec.arms["es"] == {"training.clip_grad": 0.5}
     assert (spec.seeds, spec.learning_rates) == ((7,), (1e-3, 4e-3))
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump({**more, "arms": {"other": {}, "es": None}}))
+    assert list(load_spec(tmp_path / "second.yaml").arms) == ["plain", "other"]
     (tmp_path / "first.yaml").write_text(yaml.safe_dump({"extends": "second.yaml"}))
     with pytest.raises(ConfigError, match="extends itself"):
         load_spec(tmp_path / "second.yaml")
