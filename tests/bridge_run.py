@@ -20,7 +20,7 @@ from typing import Any
 from es_megatron.testing import megatron_lm_cpu
 
 STAND_INS = ("megatron.bridge.models", "megatron.bridge.peft", "modelopt", "nvidia_resiliency_ext", "datasets")
-MORE = ("omegaconf", "transformers", "multistorageclient", "wandb")
+MORE = ("omegaconf", "transformers", "multistorageclient", "wandb", "megatron.energon")
 """Stand-ins where they are not installed."""
 TARGETS = ("training.train", "training.setup", "training.checkpointing", "training.callbacks", "data.loaders")
 
@@ -105,10 +105,13 @@ def settings_of(data: list[str], output: Path, iterations: int) -> Any:
         finalize_model_grads_func=importlib.import_module("megatron.core.distributed").finalize_model_grads,
     )
     weights, prefixes = [float(each) for each in data[::2]], data[1::2]
+    unevaluated = {"eval_iters": 0, "eval_interval": 1000}
+    apart: Any = getattr(kinds, "ValidationConfig", None)  # from 0.4 on
     config = kinds.ConfigContainer(
         train=kinds.TrainingConfig(
-            train_iters=iterations, global_batch_size=16, micro_batch_size=2, eval_iters=0, eval_interval=1000
+            train_iters=iterations, global_batch_size=16, micro_batch_size=2, **({} if apart else unevaluated)
         ),
+        **({"validation": apart(**unevaluated)} if apart else {}),
         model=model,
         optimizer=kinds.OptimizerConfig(optimizer="adam", lr=1e-3, min_lr=1e-4, clip_grad=1.0),
         ddp=DistributedDataParallelConfig(),
@@ -175,7 +178,7 @@ def train(folder: Path, data: list[str], output: Path, iterations: int) -> None:
     """Train to the planned end."""
     open_bridge(folder)
     from megatron.bridge.data import loaders
-    from megatron.bridge.training import callbacks, initialize, optim, setup, state
+    from megatron.bridge.training import callbacks, checkpointing, initialize, optim, setup, state
     from megatron.bridge.training import train as training
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -212,7 +215,10 @@ def train(folder: Path, data: list[str], output: Path, iterations: int) -> None:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     manager = callbacks.CallbackManager()
     manager.add(callback)
-    training.train(forward_step, model, optimizer, scheduler, *iterators[:2], run, {}, groups, callback_manager=manager)
+    made: Any = getattr(checkpointing, "create_checkpoint_manager", lambda _: {})  # before 0.4 a context is handed on
+    saving = made(config.checkpoint)
+    more = {"callback_manager": manager}
+    training.train(forward_step, model, optimizer, scheduler, *iterators[:2], run, saving, groups, **more)
     print(f"trained: {run.train_state.step} iterations, rate {optimizer.param_groups[0]['lr']:.6g}")
 
 
