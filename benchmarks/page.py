@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from benchmarks import stages
 from benchmarks.findings import DAMAGED, Findings, both, interval
 from es_megatron.bench import table
 from es_megatron.bench.kept import KeptRuns
@@ -29,6 +30,8 @@ from es_megatron.forecast.expected import way_of
 ROOT = Path(__file__).parents[1]
 QUALITY = ROOT / "benchmarks" / "quality"
 SPECS = ("search", "tuning", "proving", "ablations", "shares", "merged")
+MEASURED = QUALITY / "results" / "stages.json"
+"""Outputs of `benchmarks.step`, by b/B."""
 PAGES = Path("docs") / "results"
 EXPECTED = Path("es_megatron") / "forecast" / "expected.json"
 """What `es-megatron plan` tells of the loss: it comes with the package."""
@@ -102,6 +105,7 @@ def pages(results: Mapping[str, Results]) -> dict[Path, str]:
         aims=findings.aims(),
         price=findings.price(DAMAGED[0], findings.rule),
         worst=findings.worst_domain(findings.rule),
+        stages=_stages(results),
         pictures=[f"{name}.png" for name in pictured(results)],
         tables=", ".join(f"[{TITLES[name].lower()}](results/{name}.md)" for name in results),
     )
@@ -198,6 +202,12 @@ def _progress(name: str, results: Results) -> str:
     if results.finished >= results.spec.runs:
         return f"`{name}`: all {results.spec.runs} runs."
     return f"`{name}`: {results.finished} of {results.spec.runs} runs so far; what is missing is marked."
+
+
+def _stages(results: Mapping[str, Results]) -> str:
+    if "merged" not in results:
+        return "not run yet"
+    return stages.table(results["merged"], KeptRuns(QUALITY / "results" / "merged.json"), MEASURED)
 
 
 def _share(value: float) -> str:

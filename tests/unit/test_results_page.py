@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import page
+from benchmarks import page, stages
 from benchmarks.findings import DAMAGED, Findings, interval
 from es_megatron.bench.results import conclude
 from es_megatron.bench.runs import Outcome, Task
@@ -137,3 +137,19 @@ def test_plan_tells_what_was_measured_of_the_loss(flags: list[str], lines: list[
 
 def test_a_mean_that_is_missing_is_no_number() -> None:
     assert math.isnan(findings_of({"tuning": {"damaged": even()}}).mean(DAMAGED[2], "band"))
+
+
+def test_the_time_of_a_run_over_stages() -> None:
+    # 2 of 10 iterations train all 8 sequences, 8 train 3 of them at 0.7 of a plain iteration; the plain run has 20
+    told = {"sequences_trained": 2 * 8 + 8 * 3, "meta_batch": 8, "iterations": 10, "plain_iterations": 20}
+    assert stages.run_time(told, 3, 0.7) == pytest.approx((2 + 8 * 0.7) / 20)
+
+
+def test_prices_over_stages_are_those_of_the_files() -> None:
+    two, eight = (stages.prices(page.MEASURED)[count] for count in (2, 8))
+    measured = json.loads(page.MEASURED.read_text(encoding="utf-8"))
+    assert two["merged-2"] == 1 - measured["0.375"]["pipeline_2"]["arms"]["merged"]["saving"]
+    assert two["history"] == 1 - measured["0.625"]["pipeline_2"]["arms"]["history"]["saving"]
+    # 8 stages, 8 micro-batches, backward = 2 forward: (5 + 7) * 3 of (8 + 7) * 3; the same for merged by simulation
+    assert eight["history"] == pytest.approx(12 / 15)
+    assert eight["merged-8"] == pytest.approx(36 / 45)
