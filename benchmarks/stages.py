@@ -58,7 +58,7 @@ def rows(kept: KeptRuns, measured: Path) -> Iterator[Row]:
             shares = [
                 run_time(outcome.summary, KEPT[arm], price[arm])
                 for task, outcome in kept.outcomes.items()
-                if task.arm == arm and outcome.summary is not None
+                if task.arm == arm
             ]
             if shares:
                 how = "simulated" if stages == 8 else "measured"

@@ -15,7 +15,7 @@ from pathlib import Path
 from es_megatron.bench.documents import ComponentTexts, derive, read_parts, set_aside
 from es_megatron.bench.recipe import Recipe, digest, identity
 from es_megatron.bench.runs import CaseBlend
-from es_megatron.errors import DataError
+from es_megatron.errors import ConfigError, DataError
 from es_megatron.frameworks.blend_file import read_blend_file
 from es_megatron.prepare.command import PrepareSettings, prepare, summarise
 from es_megatron.prepare.demo_corpus import write_demo_corpora
@@ -52,6 +52,32 @@ def make_blend(name: str, recipe: Recipe, data: Path, wikitext: Path | None) -> 
                 if apart:
                     _prepare(apart, recipe, apart_folder, folder)
     return CaseBlend(folder / "blend.yaml", told)
+
+
+def text_like(name: str, recipe: Recipe, like: Path, data: Path, wikitext: Path | None) -> Path:
+    """Find the text of a recipe in the tokens of another blend, or make it; nothing of it is held out.
+
+    Args:
+        name: of the recipe's blend in its spec.
+        recipe: where the text comes from.
+        like: file of the blend whose tokenizer it takes.
+        data: folder of all blends.
+        wikitext: the file of `--wikitext`.
+
+    Returns:
+        Its blend file.
+
+    Raises:
+        EsError: sources are missing, or the recipe is a blend that is there already.
+    """
+    if recipe.blend is not None:
+        raise ConfigError(f"Blend `{name}` is prepared already, so that its text is not known: name one with a recipe.")
+    folder = data / f"{like.parent.name}-of-{name}-{digest(identity(recipe, wikitext))}"
+    with _in_turn(data):
+        if not (folder / "blend.yaml").is_file():
+            parts, _ = set_aside(read_parts(recipe, demo_texts(data) if recipe.demo else data, wikitext), recipe)
+            _prepare(derive(parts, recipe), recipe, folder, like.parent)
+    return folder / "blend.yaml"
 
 
 def apart_of(blend: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from es_megatron.bench import table
-from es_megatron.bench.blends import make_blend
+from es_megatron.bench.blends import make_blend, text_like
 from es_megatron.bench.crew import Answer, Crew, Worker
 from es_megatron.bench.kept import KeptRuns
 from es_megatron.bench.page import page
@@ -36,6 +37,7 @@ from es_megatron.bench.runs import (
     reference_of,
     searched,
     settings_of,
+    weights_of,
     write_settings,
 )
 from es_megatron.bench.spec import Spec
@@ -61,6 +63,7 @@ class Comparison:
             EsError: a blend cannot be made, or the settings of an arm cannot be.
         """
         self.spec, self.directory, self._kept = spec, directory, kept
+        self._data, self._sources = data, sources
         made = {
             name: make_blend(name, sources.resolve(spec.blends[name]), data, sources.wikitext)
             for name in dict.fromkeys(case.blend for case in spec.cases.values())
@@ -77,15 +80,24 @@ class Comparison:
         shares: dict[str, float] = {}
         for arm in self.spec.arms:
             settings = settings_of(self.spec, first_task(self.spec, case, arm), blend, self.directory)
-            name = reference_of(settings)
-            if name in self.spec.reference_models and name not in found:
+            for name in (reference_of(settings), weights_of(settings)):
+                if name not in self.spec.reference_models or name in found:
+                    continue
                 run = build(PretrainSettings, settings, f"arm {arm}")
-                losses = make_reference(name, self.spec.reference_models[name], blend, run.model.seq_length)
+                losses = self._make_reference(name, blend, run.model.seq_length)
                 price = read_price(losses)
                 forward = forward_flops(run.model, vocabulary_of(blend.file))
                 plain = (FORWARD_COST + NOMINAL.backward) * forward * run.training.draws(price.rows)
                 found[name], shares[name] = losses, price.flops / plain
         return dataclasses.replace(blend, references=found, shares=shares)
+
+    def _make_reference(self, name: str, blend: CaseBlend, seq_length: int) -> Path:
+        model = self.spec.reference_models[name]
+        recipe, text = self.spec.blends.get(model.text), None
+        if recipe is not None:
+            resolved, folder, wikitext = self._sources.resolve(recipe), self._data, self._sources.wikitext
+            text = functools.partial(text_like, model.text, resolved, blend.file, folder, wikitext)
+        return make_reference(name, model, blend, seq_length, text)
 
     def _charges(self) -> dict[tuple[str, str], float]:
         """What the reference of each case's arm cost, as a share of the plain run's cost."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from es_megatron.bench.blends import apart_of
 from es_megatron.bench.recipe import digest
-from es_megatron.bench.runs import CaseBlend
+from es_megatron.bench.runs import RUN, CaseBlend
 from es_megatron.bench.spec import ReferenceModel
 from es_megatron.errors import ConfigError, DataError
 from es_megatron.trainer.model_settings import ModelSettings
@@ -37,14 +37,17 @@ class ReferencePrice:
     """Of the blend."""
 
 
-def make_reference(name: str, model: ReferenceModel, blend: CaseBlend, seq_length: int) -> Path:
-    """Find the losses of a reference for a blend, or make them.
+def make_reference(
+    name: str, model: ReferenceModel, blend: CaseBlend, seq_length: int, text: Callable[[], Path] | None = None
+) -> Path:
+    """Find the losses of a reference for a blend, or make them; its run is beside them, in the folder `run`.
 
     Args:
         name: of the reference in its spec.
         model: what it is.
         blend: that is scored.
         seq_length: tokens of a row.
+        text: makes the file of what it is trained on, where that is another blend.
 
     Returns:
         Folder of the losses.
@@ -53,12 +56,14 @@ def make_reference(name: str, model: ReferenceModel, blend: CaseBlend, seq_lengt
         ConfigError: the blend sets no text aside.
         DataError: training or scoring failed.
     """
-    told = {"model": asdict(model), "blend": dict(blend.identity), "seq_length": seq_length}
+    told: dict[str, Any] = {"model": asdict(model), "blend": dict(blend.identity), "seq_length": seq_length}
+    trained = text() if text else blend.file if model.text == "same" else apart_of(blend.file)
+    if text:
+        told["text"] = trained.parent.name  # ends in the digest of what it was made from
     folder = blend.file.parent.with_name(f"{blend.file.parent.name}-{name}-{digest(json.loads(json.dumps(told)))}")
     losses = folder / "losses"
     if (folder / PRICE).is_file():
         return losses
-    trained = blend.file if model.text == "same" else apart_of(blend.file)
     if not trained.is_file():
         raise ConfigError(
             f"Reference model `{name}` must have text of its own, but the recipe sets none aside. Give the blend "
@@ -67,10 +72,8 @@ def make_reference(name: str, model: ReferenceModel, blend: CaseBlend, seq_lengt
     common = ["--blend", str(blend.file)]
     overrides = [f"{key}={json.dumps(value)}" for key, value in model.settings.items()]
     train = ["train", *common, "--train-blend", str(trained), "--seq-length", str(seq_length)]
-    _call([*train, "--output", str(folder / "run"), "run.progress=false", *overrides], folder)
-    _call(
-        ["score", *common, "--model", str(folder / "run"), "--output", str(losses), "--micro-batch-size", "32"], folder
-    )
+    _call([*train, "--output", str(folder / RUN), "run.progress=false", *overrides], folder)
+    _call(["score", *common, "--model", str(folder / RUN), "--output", str(losses), "--micro-batch-size", "32"], folder)
     (folder / PRICE).write_text(json.dumps(asdict(_price(folder, seq_length)), indent=1) + "\n", encoding="utf-8")
     return losses
 
@@ -91,8 +94,8 @@ def forward_flops(model: ModelSettings, vocabulary: int) -> float:
 
 
 def _price(folder: Path, seq_length: int) -> ReferencePrice:
-    settings = load_settings(folder / "run" / "settings.yaml")
-    summary: Mapping[str, Any] = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
+    settings = load_settings(folder / RUN / "settings.yaml")
+    summary: Mapping[str, Any] = json.loads((folder / RUN / "summary.json").read_text(encoding="utf-8"))
     manifest = json.loads((folder / "losses" / "manifest.json").read_text(encoding="utf-8"))
     rows, forward = int(manifest["samples"]), forward_flops(settings.model, vocabulary_of(settings.data.blend))
     flops = forward * (3 * int(summary["sequences_trained"]) + rows)

@@ -71,6 +71,8 @@ class Outcome(NamedTuple):
 Outcomes = Mapping[Task, Outcome]
 
 BUDGET_DIGITS = 4
+RUN = "run"
+"""Folder of a reference's training run, beside its losses."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,9 @@ def settings_of(spec: Spec, task: Task, blend: CaseBlend, folder: Path) -> dict[
         "run.progress": False,
     }
     apply(made, own)
+    weights = weights_of(made)
+    if weights in blend.references:
+        made["model"]["weights"] = str(blend.references[weights].with_name(RUN))
     reference = reference_of(made)
     if reference in blend.references:
         made["evolved_sampling"]["reference"]["folder"] = str(blend.references[reference])
@@ -122,6 +127,11 @@ def settings_of(spec: Spec, task: Task, blend: CaseBlend, folder: Path) -> dict[
             selection["budget"] = round(left, BUDGET_DIGITS)
     build(PretrainSettings, made, f"{spec.path}: arm {task.arm}")
     return made
+
+
+def weights_of(settings: Mapping[str, Any]) -> Any:
+    """`model.weights` of a run's settings, or nothing."""
+    return (settings.get("model") or {}).get("weights")
 
 
 def reference_of(settings: Mapping[str, Any]) -> Any:
@@ -159,6 +169,8 @@ def identity_of(settings: Mapping[str, Any], blend: CaseBlend) -> dict[str, Any]
         told["evolved_sampling"]["scores"]["initial"] = scores_identity(Path(scores))
     reference = told["evolved_sampling"]["reference"]["folder"]
     made_here = {str(path): path.parent.name.rpartition("-")[2] for path in blend.references.values()}
+    runs = {str(Path(path).with_name(RUN)): made for path, made in made_here.items()}
+    told["model"]["weights"] = runs.get(told["model"]["weights"], told["model"]["weights"])
     if reference in made_here:  # a folder of `make_reference` ends in the digest of all that it was made from
         told["evolved_sampling"]["reference"]["folder"] = made_here[reference]
     elif reference is not None and Path(reference).is_dir():

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import yaml
 
 from es_megatron.bench.entries import check_keys, integers, mapping, nearest, numbers
 from es_megatron.bench.rates import Point, read_rates
 from es_megatron.bench.recipe import Recipe
-from es_megatron.config import build, require, require_choice
+from es_megatron.config import build, require
 from es_megatron.config.names import grouped, override_path
 from es_megatron.errors import ConfigError
 
@@ -56,6 +56,9 @@ OWN = (
 
 DECAY = "training.weight_decay"
 
+TEXTS = ("same", "apart")
+"""What a reference model is trained on, beside the blends of a spec."""
+
 SHARED = ("model", "data", "training.passes", "training.train_samples", "training.global_batch_size")
 """Settings that decide what the plain run costs, so that no arm may have its own."""
 
@@ -76,17 +79,18 @@ class Case:
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A small model whose losses arms may be given, by its name as `evolved_sampling.reference.folder`."""
+    """A model that is trained first.
 
-    text: Literal["same", "apart"] = "apart"
-    """Trained on the blend itself, or on the text that its recipe sets aside."""
+    Arms that name it as `evolved_sampling.reference.folder` are given its losses, runs that name it as `model.weights`
+    its weights.
+    """
+
+    text: str = "apart"
+    """Trained on the blend itself (`same`), on the text that its recipe sets aside (`apart`), or on that of another
+    blend of the spec, by its name."""
 
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """`section.key` values of its run, over those of `es-megatron reference train`."""
-
-    def __post_init__(self) -> None:
-        """Check the text."""
-        require_choice("text", self.text, Literal["same", "apart"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +252,12 @@ def check(spec: Spec) -> None:
     require(min(spec.learning_rates, default=1) > 0, f"{where}: learning_rates", "above 0", spec.learning_rates)
     require(min(spec.weight_decays, default=0) >= 0, f"{where}: weight_decays", ">= 0", spec.weight_decays)
     _check_rates(spec)
+    for name, model in spec.reference_models.items():
+        if model.text not in (*TEXTS, *spec.blends):
+            raise ConfigError(
+                f"`{where}: reference_models.{name}.text` must be one of {', '.join(TEXTS)}, or a blend of this spec, "
+                f"but is {model.text!r} instead. {nearest(model.text, [*TEXTS, *spec.blends])}"
+            )
     require(0 <= spec.final_rate <= 1, f"{where}: final_rate", "in [0, 1]", spec.final_rate)
     require(spec.reference_runs >= 0, f"{where}: reference_runs", ">= 0", spec.reference_runs)
     require(spec.jobs >= 1, f"{where}: jobs", ">= 1", spec.jobs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,8 @@ import numpy.typing as npt
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from es_megatron.checkpoint.agreement import agreed, compute_on_first
-from es_megatron.checkpoint.rotation import newest_of
 from es_megatron.checkpoint.row_scoring import RowScoring, Scored, about_losses
-from es_megatron.errors import CheckpointError, ConfigError
+from es_megatron.errors import ConfigError
 from es_megatron.frameworks.megatron_core import rank_grid_of_parallel_state
 from es_megatron.frameworks.megatron_data import load_blend
 from es_megatron.trainer.alarm import Alarm
@@ -21,46 +19,10 @@ from es_megatron.trainer.backends import start
 from es_megatron.trainer.model import build_model
 from es_megatron.trainer.model_state import load_weights
 from es_megatron.trainer.passes import SchedulePasses, losses_of_rows
-from es_megatron.trainer.settings import SETTINGS, PretrainSettings, load_settings
+from es_megatron.trainer.weights import find_model
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model to score with."""
-
-    settings: PretrainSettings
-    """Of the run that trained it."""
-    checkpoint: Path
-    """Folder of its weights."""
-
-
-def find_model(path: Path, overrides: Sequence[str]) -> Model:
-    """The model of a run's newest checkpoint, or of one of its checkpoints.
-
-    Args:
-        path: folder of a run of `es-megatron pretrain`, or of one of its checkpoints.
-        overrides: `section.key=value`, such as `parallel.tensor=2` and the blend to score.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    checkpoint = newest_of(run / "checkpoints") if run == path else path
-    if checkpoint is None:
-        raise CheckpointError(
-            f"`{path}` must be the folder of a run of `es-megatron pretrain` or `es-megatron reference train`, or "
-            "one of its checkpoints, but has no `checkpoints/latest` that names one. Check the path."
-        )
-    settings = load_settings(run / SETTINGS, overrides)
-    if settings.backend != "megatron":
-        raise ConfigError(
-            f"`{path}` must be a run with `backend: megatron` to score with, but has `backend: {settings.backend}` "
-            "instead. Train the reference with that backend."
-        )
-    return Model(settings, checkpoint / "model")
 
 
 def score_blend(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from es_megatron.core.engine import EvolvedSampling
 from es_megatron.core.plan import Layout
-from es_megatron.errors import CheckpointError
+from es_megatron.errors import CheckpointError, ConfigError
 from es_megatron.frameworks.feed import Rows
 
 MARKS = {"megatron": "metadata.json", "deepspeed": "layout.json"}
@@ -61,6 +61,13 @@ class Backend(Protocol):
     """Megatron-Core's `OptimizerParamScheduler`."""
     parameters: int
     """Of this rank's part of the model."""
+
+    def begin_with(self, weights: Path) -> None:
+        """Give the model the weights of a checkpoint of `backend: megatron`, and nothing else of it; collective."""
+        raise ConfigError(
+            f"`model.weights` must be left out with this backend, but is `{weights}` instead: weights are read from "
+            "Megatron-Core's checkpoints. Use `backend: megatron`."
+        )
 
     def iterate(self) -> Iteration:
         """Draw, score, train, step, and close the iteration; collective."""

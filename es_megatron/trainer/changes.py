@@ -27,8 +27,10 @@ OF_THE_LENGTH = frozenset({"training.passes", "training.train_samples", "trainin
 
 
 def comparable(settings: PretrainSettings) -> dict[str, Any]:
-    """What a checkpoint keeps of a run's settings, JSON-able."""
-    return json.loads(json.dumps({name: plain(getattr(settings, name)) for name in SECTIONS}))
+    """What a checkpoint keeps of a run's settings, JSON-able: not where its first weights came from."""
+    told: dict[str, Any] = json.loads(json.dumps({name: plain(getattr(settings, name)) for name in SECTIONS}))
+    del told["model"]["weights"]
+    return told
 
 
 def changes(saved: Mapping[str, Any], settings: PretrainSettings) -> list[str]:

@@ -28,6 +28,7 @@ from es_megatron.trainer.journal import Journal
 from es_megatron.trainer.run_lock import RunLock
 from es_megatron.trainer.settings import PretrainSettings
 from es_megatron.trainer.signals import stopping
+from es_megatron.trainer.weights import find_weights
 
 
 class Trainer:
@@ -76,6 +77,11 @@ class Trainer:
         evaluations = self.checkpoints.restore(self.backend, self.totals)
         self.evaluations: list[dict[str, Any]] = evaluations or []
         self._resumed = evaluations is not None
+        if not self._resumed:
+            with agreed(world, "find the weights to begin with", kind=ConfigError):
+                weights = find_weights(settings)
+            if weights is not None:
+                self.backend.begin_with(weights)
         self._saved_at = self.engine.iteration if self._resumed else -1
         self._over_skipped = 0
 

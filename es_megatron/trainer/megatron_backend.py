@@ -18,7 +18,7 @@ from es_megatron.frameworks.megatron_data import LoadedBlend
 from es_megatron.frameworks.rate import scaled_rate
 from es_megatron.trainer.backend import Backend, Iteration
 from es_megatron.trainer.model import build_model, forward_step, settled_weights, transformer_config
-from es_megatron.trainer.model_state import load_model, save_model
+from es_megatron.trainer.model_state import load_model, load_weights, save_model
 from es_megatron.trainer.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -64,6 +64,11 @@ class MegatronBackend(Backend):
         schedule = get_forward_backward_func()
         self.passes = SchedulePasses(settings, self.chunks, schedule, self.engine.grid, self.loss_source)
         self.forward_backward = self.sampling.wrap(schedule)
+
+    @override
+    def begin_with(self, weights: Path) -> None:
+        load_weights(weights, self.chunks)
+        self.optimizer.reload_model_params()  # copies in full precision
 
     @override
     def iterate(self) -> Iteration:

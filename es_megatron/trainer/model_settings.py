@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from es_megatron.config import require
@@ -61,6 +62,10 @@ class ModelSettings:
 
     init_seed: Annotated[int, Spec(">= 0")] = 1234
     """Seed of the initial weights, >= 0. They do not depend on the parallel layout."""
+
+    weights: Annotated[Path | None, Spec(also=("finetune", "init_from", "pretrained_checkpoint"))] = None
+    """Folder of a run with `backend: megatron`, or of one of its checkpoints, whose weights the model begins with; the
+    optimizer, the schedule and the scores begin anew. None: weights are drawn at random."""
 
     vocab_multiple: Annotated[int, Spec(">= 1", "tokens", ("make_vocab_size_divisible_by",))] = 128
     """The vocabulary is padded to a multiple of this and of the tensor-parallel size, >= 1. Padded tokens take part in

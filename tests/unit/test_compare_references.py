@@ -12,11 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from es_megatron.bench import reference_models
-from es_megatron.bench.blends import apart_of
+from es_megatron.bench.blends import apart_of, make_blend, text_like, tokenizer_of
+from es_megatron.bench.recipe import Recipe
 from es_megatron.bench.reference_models import forward_flops, make_reference, read_price
 from es_megatron.bench.runs import CaseBlend, Task, identity_of, settings_of
 from es_megatron.bench.spec import ReferenceModel, read_spec
 from es_megatron.errors import ConfigError, DataError
+from es_megatron.frameworks.blend_file import read_blend_file
 from es_megatron.trainer.model_settings import ModelSettings
 from tests.unit.test_compare_spec import PATH, changed
 
@@ -93,6 +95,48 @@ def test_a_reference_is_made_once_and_charged_for_training_and_scoring(tmp_path:
     other = make_reference("tiny", ReferenceModel("same", {"model.num_layers": 1}), blend, LENGTH)
     assert other != losses
     assert commands.seen[2][commands.seen[2].index("--train-blend") + 1] == str(blend.file)
+
+
+def test_a_reference_of_another_text_is_another_one(tmp_path: Path, monkeypatch: Any) -> None:
+    commands = Commands()
+    monkeypatch.setattr(reference_models.subprocess, "run", commands)
+    blend = blend_of(tmp_path, apart=False)
+    files = [tmp_path / f"made-1-of-other-{number}" / "blend.yaml" for number in (1, 2)]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(blend.file.read_text())
+    made = [make_reference("tiny", ReferenceModel("other"), blend, LENGTH, lambda file=file: file) for file in files]
+    assert made[0] != made[1]
+    trained = [each[each.index("--train-blend") + 1] for each in commands.seen if each[0] == "train"]
+    assert trained == [str(file) for file in files]
+
+
+def test_text_of_a_recipe_in_the_tokens_of_another_blend(tmp_path: Path) -> None:
+    words = [f"the {number}th document says {number * number} and no more\n" for number in range(40)]
+    for name in ("one", "other"):
+        lines = [json.dumps({"text": f"{name} {word}"}) for word in words]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    sizes: dict[str, Any] = {"vocab_size": 300, "validation_share": 0.2}
+    one, other = (Recipe(components=(f"a={tmp_path}/{name}.jsonl",), **sizes) for name in ("one", "other"))
+    blend = make_blend("one", one, tmp_path / "data", None)
+    text = text_like("other", other, blend.file, tmp_path / "data", None)
+    assert text == text_like("other", other, blend.file, tmp_path / "data", None)
+    assert tokenizer_of(text).read_bytes() == tokenizer_of(blend.file).read_bytes()
+    assert [entry.validation for entry in read_blend_file(text).components] == [None]
+    with pytest.raises(ConfigError, match="Blend `there` is prepared already"):
+        text_like("there", Recipe(blend=blend.file), blend.file, tmp_path / "data", None)
+
+
+def test_runs_begin_with_the_weights_of_a_reference_model(tmp_path: Path) -> None:
+    cases = {"clean": {"blend": "clean", "overrides": {"model.weights": "taught"}}}
+    spec = read_spec(changed(reference_models={"taught": {"text": "clean"}}, cases=cases, references=[]), PATH)
+    arm, losses = next(iter(spec.arms)), tmp_path / "made-taught-abc" / "losses"
+    blend = CaseBlend(tmp_path / "blend.yaml", {}, {"taught": losses}, {"taught": 0.1})
+    made = settings_of(spec, Task("clean", arm, 1e-3, 1), blend, tmp_path)
+    assert made["model"]["weights"] == str(tmp_path / "made-taught-abc" / "run")
+    assert identity_of(made, blend)["settings"]["model"]["weights"] == "abc"
+    with pytest.raises(ConfigError, match=r"taught.text` must be one of same, apart, or a blend of this spec"):
+        read_spec(changed(reference_models={"taught": {"text": "claen"}}), PATH)
 
 
 def test_a_reference_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: Any) -> None:
