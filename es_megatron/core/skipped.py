@@ -44,11 +44,9 @@ class SkippedRows:
         Raises:
             DataError: on every rank, if it cannot be read, names rows that do not exist, or too many of a component.
         """
-        self._path, self._manifest = path, schedule.manifest
+        self._given = path is not None
         self.rows: RowsByName = {}
         """Rows by component, rising."""
-        self.changes: list[str] = []
-        """What differs from the checkpoint, in words."""
         if path is not None:
             found: RowsByName = {}
             with agreed(grid, "read `order.skip`", kind=DataError):
@@ -57,7 +55,9 @@ class SkippedRows:
                     check_enough(found, schedule)
             self.rows = grid.broadcast_object(found)
         self.ids = ids_of(self.rows, schedule.manifest)
-        if len(self.ids):
+        self.changes = [f"{told(self.rows)} are left out"] if self.rows else []
+        """What is news since the checkpoint, or since the beginning, in words."""
+        if self.rows:
             LOGGER.info("%s of `%s` are never drawn", told(self.rows), path)
 
     def to_json(self) -> dict[str, RowsByName]:
@@ -65,26 +65,19 @@ class SkippedRows:
         return {"skipped": self.rows} if self.rows else {}
 
     def follow(self, state: Mapping[str, Any]) -> None:
-        """Compare with a checkpoint that the run goes on from.
-
-        Args:
-            state: of the engine, with what `to_json` gave.
+        """Compare with a checkpoint that the run goes on from, which has what `to_json` gave.
 
         Raises:
-            CheckpointError: it has such rows, and no file is given.
+            CheckpointError: it left out rows, and no file is given.
         """
         saved: RowsByName = state.get("skipped", {})
-        if saved and self._path is None:
+        if saved and not self._given:
             raise CheckpointError(
                 f"The checkpoint's run leaves out {told(saved)}, but `order.skip` names no file of them. Restore "
                 f'`{SKIPPED}`, or set `order.skip`; a file with `{{"components": {{}}}}` draws them again.'
             )
-        new, again = less(self.rows, saved), less(saved, self.rows)
-        self.changes = [
-            f"{told(rows)} {what}" for rows, what in ((new, "are left out"), (again, "are drawn again")) if rows
-        ]
-        for change in self.changes:
-            LOGGER.info("%s from iteration %d on", change, int(state["iteration"]))
+        news = {"are left out": less(self.rows, saved), "are drawn again": less(saved, self.rows)}
+        self.changes = [f"{told(rows)} {what}" for what, rows in news.items() if rows]
 
 
 def read_skipped(path: Path, manifest: Manifest) -> RowsByName:

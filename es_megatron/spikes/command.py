@@ -15,6 +15,7 @@ from es_megatron.core.bad_losses import mean_of_finite
 from es_megatron.errors import ConfigError, DataError, EsError
 
 if TYPE_CHECKING:
+    from es_megatron.data.manifest import Manifest
     from es_megatron.spikes.run_files import RunFiles, Trained
 
 WINDOW = 50
@@ -53,8 +54,9 @@ def run_spike(arguments: argparse.Namespace) -> int:
     run, last = RunFiles(arguments.run_directory), arguments.iteration
     first, file = max(0, last - arguments.before), arguments.audit or run.path / AUDIT
     trained = read_audit(file, first - WINDOW, last) if arguments.audit or file.is_file() else {}
-    found = {**rows_of(run, trained, first, last), "curve": curve_of(run, trained, first, last)}
-    found["rows"] = [with_words(run, row, text=arguments.text) for row in found["rows"][: arguments.top]]
+    found, manifest = rows_of(run, trained, first, last)
+    found["curve"] = curve_of(run, trained, first, last)
+    found["rows"] = [with_words(run, manifest, row, text=arguments.text) for row in found["rows"][: arguments.top]]
     words = dict.fromkeys(f"{row['component']}:{row['row']}" for row in found["rows"])
     found["command"] = shlex.join(["es-megatron", "skip", str(run.path), *words])
     if arguments.json:
@@ -64,11 +66,12 @@ def run_spike(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def rows_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) -> dict[str, Any]:
+def rows_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) -> tuple[dict[str, Any], Manifest]:
     """Rows that iterations trained, or drew where no audit tells more, with the stored scores around them.
 
     Returns:
-        `what` they are, `order` (by what), `checkpoints` before and after, and `rows`, those first that stand out most.
+        `what` they are, `order` (by what), `checkpoints` before and after, and `rows`, those first that stand out most;
+        and the blend that they are of.
     """
     from es_megatron.spikes.run_files import drawn_rows, scores_at
 
@@ -82,27 +85,28 @@ def rows_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) -
         ids = drawn_rows(run, last)
         loss, numbers = np.full(len(ids), np.nan), [last] * len(ids)
         what = f"rows drawn in iteration {last} (which of them were trained `run.audit=true` would have told)"
-    if ids.max() >= run.manifest.total:
-        raise DataError(f"Iteration {last} must be of the blend of the newest checkpoint, but has other rows.")
-    component, row = run.manifest.locate(ids)
+    around = dict(zip(("before", "after"), run.around(last), strict=True))
+    manifest = run.manifest(around["before"] if around["after"] is None else around["after"])
+    if ids.max() >= manifest.total:
+        raise DataError(f"Iteration {last} must be of the blend of the checkpoints around it, but has other rows.")
+    component, row = manifest.locate(ids)
     table: dict[str, list[Any]] = {
-        "component": [run.manifest.components[each].name for each in component.tolist()],
+        "component": [manifest.components[each].name for each in component.tolist()],
         "row": row.tolist(),
         "iteration": numbers,
         "loss": loss.tolist(),
     }
-    around = dict(zip(("before", "after"), run.around(last), strict=True))
     for when, checkpoint in around.items():
-        score, visits = (
-            (np.full(len(ids), np.nan),) * 2 if checkpoint is None else scores_at(run.checkpoints[checkpoint], ids)
-        )
-        table[f"score {when}"] = np.where(visits > 0, score, np.nan).tolist()
-        table[f"visits {when}"] = visits.tolist()
+        if checkpoint is None:
+            table |= {f"score {when}": [math.nan] * len(ids), f"visits {when}": [None] * len(ids)}
+        else:
+            score, visits = scores_at(run.checkpoints[checkpoint], manifest, ids)
+            table |= {f"score {when}": np.where(visits > 0, score, np.nan).tolist(), f"visits {when}": visits.tolist()}
     order = next((name for name in ("loss", "score after") if not all(map(math.isnan, table[name]))), "score before")
     rows = [dict(zip(table, each, strict=True)) for each in zip(*table.values(), strict=True)]
     rows.sort(key=lambda each: math.inf if math.isnan(each[order]) else -each[order])
     names = {when: None if each is None else run.checkpoints[each].name for when, each in around.items()}
-    return {"what": what, "order": order, "checkpoints": names, "rows": rows}
+    return {"what": what, "order": order, "checkpoints": names, "rows": rows}, manifest
 
 
 def curve_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) -> list[dict[str, Any]]:
@@ -146,12 +150,13 @@ def known(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def with_words(run: RunFiles, row: dict[str, Any], *, text: bool) -> dict[str, Any]:
+def with_words(run: RunFiles, manifest: Manifest, row: dict[str, Any], *, text: bool) -> dict[str, Any]:
     """A row with its documents and, if asked for, how it begins, where its files are there."""
     from es_megatron.frameworks.blend_file import read_blend_file, vocabulary
     from es_megatron.prepare.tokenizer import load_tokenizer, read_tokenizer
+    from es_megatron.spikes.run_files import dataset_of
 
-    dataset = run.dataset(row["component"])
+    dataset = dataset_of(manifest, row["component"])
     row["documents"] = None if dataset is None else dataset.documents_of(row["row"])
     if dataset is None or not text:
         return row

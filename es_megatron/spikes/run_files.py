@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from es_megatron.checkpoint.compatibility import list_differences
 from es_megatron.checkpoint.es_state import Reader, read_manifest
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.core.skipped import ids_of
@@ -62,12 +62,17 @@ class RunFiles:
                 "`es_state`, but is not. Name `run.directory`, or the folder of `--save`."
             )
 
-    @cached_property
-    def manifest(self) -> Manifest:
-        """The blend: of the newest checkpoint, or of the settings while there is none."""
-        if self.settings is not None and not self.checkpoints:
-            return load_blend(self.settings.data.blend, self.settings.model.seq_length).manifest
-        return ScoreFiles(self.checkpoints[max(self.checkpoints)]).manifest
+    def manifest(self, checkpoint: int | None) -> Manifest:
+        """The blend of a checkpoint; without one, of the settings."""
+        if checkpoint is not None:
+            return ScoreFiles(self.checkpoints[checkpoint]).manifest
+        assert self.settings is not None  # one of the two is there
+        return load_blend(self.settings.data.blend, self.settings.model.seq_length).manifest
+
+    @property
+    def newest(self) -> int | None:
+        """The newest checkpoint."""
+        return max(self.checkpoints, default=None)
 
     def finished(self, iteration: int) -> int:
         """Iterations before one of the audit, which counts from 1 in Megatron-LM."""
@@ -78,15 +83,6 @@ class RunFiles:
         before = [each for each in self.checkpoints if each <= self.finished(iteration)]
         after = [each for each in self.checkpoints if each > self.finished(iteration)]
         return max(before, default=None), min(after, default=None)
-
-    def dataset(self, name: str) -> OneEpochDataset | None:
-        """The tokens of a component; None where its files are not there any more, or are others."""
-        saved = next(each for each in self.manifest.components if each.name == name)
-        try:
-            now, dataset = open_component(name, saved.prefix, self.manifest.seq_length)
-        except (DataError, OSError):
-            return None
-        return dataset if now.fingerprint == saved.fingerprint else None
 
 
 def read_audit(path: Path, first: int, last: int) -> dict[int, Trained]:
@@ -112,6 +108,16 @@ def read_audit(path: Path, first: int, last: int) -> dict[int, Trained]:
     return found
 
 
+def dataset_of(manifest: Manifest, name: str) -> OneEpochDataset | None:
+    """The tokens of a component; None where its files are not there any more, or are others."""
+    saved = next(each for each in manifest.components if each.name == name)
+    try:
+        now, dataset = open_component(name, saved.prefix, manifest.seq_length)
+    except (DataError, OSError):
+        return None
+    return dataset if now.fingerprint == saved.fingerprint else None
+
+
 def drawn_rows(run: RunFiles, iteration: int) -> Int64:
     """Ids that an iteration drew, found anew by the terms and kept masks of the checkpoints around it.
 
@@ -121,8 +127,9 @@ def drawn_rows(run: RunFiles, iteration: int) -> Int64:
     folders = [run.checkpoints[each] for each in run.around(iteration) if each is not None]
     if not folders:
         raise DataError(f"`{run.path}` has no line of iteration {iteration} in an audit, and no checkpoint. {CURE}")
-    engine = ScoreFiles(folders[-1]).state["engine"]
-    terms, manifest, size = engine["terms"], run.manifest, engine["terms"]["meta_batch"]
+    files = ScoreFiles(folders[-1])
+    engine, manifest = files.state["engine"], files.manifest
+    terms, size = engine["terms"], engine["terms"]["meta_batch"]
     pruning = {"ratio": terms["pruning_ratio"]}
     schedule = Schedule(
         manifest,
@@ -150,9 +157,11 @@ def drawn_rows(run: RunFiles, iteration: int) -> Int64:
     raise DataError(f"What iteration {iteration} drew cannot be told by the checkpoints of `{run.path}`. {CURE}")
 
 
-def scores_at(folder: Path, ids: Int64) -> tuple[Float32, UInt8]:
-    """Scores as they are stored, and visits, of some ids in a checkpoint."""
+def scores_at(folder: Path, manifest: Manifest, ids: Int64) -> tuple[Float32, UInt8]:
+    """Scores as they are stored, and visits, of some ids of a blend in a checkpoint; no visits if it is of another."""
     files = ScoreFiles(folder)
+    if list_differences(files.manifest.to_json(), manifest.to_json()):
+        return np.zeros(len(ids), np.float32), np.zeros(len(ids), np.uint8)
     document = read_manifest(files.folder)
     reader, bounds = Reader(files.folder, document), np.asarray(document["shard_bounds"])
     score, visits = np.empty(len(ids), np.float32), np.empty(len(ids), np.uint8)

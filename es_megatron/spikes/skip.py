@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from es_megatron.data.manifest import Manifest
     from es_megatron.frameworks.megatron_data import OneEpochDataset
-    from es_megatron.spikes.run_files import RunFiles
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def run_skip(arguments: argparse.Namespace) -> int:
     if not arguments.rows and not arguments.documents:
         raise ConfigError("Rows or `--documents` must be named, but none are. For example: books:17 books:40-45")
     run = RunFiles(arguments.run_directory)
+    manifest = run.manifest(run.newest)
     output: Path = arguments.output or arguments.run_directory / SKIPPED
     named: dict[str, set[int]] = {}
     for each in arguments.rows:
@@ -43,15 +44,15 @@ def run_skip(arguments: argparse.Namespace) -> int:
         named.setdefault(name, set()).update(numbers)
     for each in arguments.documents:
         name, numbers = parse(each)
-        check_rows(name, [], run.manifest)
-        named.setdefault(name, set()).update(*(rows_of(opened(run, name), document) for document in numbers))
+        check_rows(name, [], manifest)
+        named.setdefault(name, set()).update(*(rows_of(opened(manifest, name), document) for document in numbers))
     rows = {name: sorted(each) for name, each in named.items()}
     for name, each in rows.items():
-        check_rows(name, each, run.manifest)
-    before = read_skipped(output, run.manifest) if output.exists() else {}
+        check_rows(name, each, manifest)
+    before = read_skipped(output, manifest) if output.exists() else {}
     both = {name: sorted({*before.get(name, []), *rows.get(name, [])}) for name in {**before, **rows}}
     try:
-        write_skipped(output, run.manifest, both)
+        write_skipped(output, manifest, both)
     except OSError as error:
         raise ConfigError(
             f"`{output}` cannot be written ({error.strerror}). Name another file by `--output`."
@@ -78,13 +79,15 @@ def parse(word: str) -> tuple[str, range]:
     return name, range(int(first), int(last) + 1)
 
 
-def opened(run: RunFiles, name: str) -> OneEpochDataset:
+def opened(manifest: Manifest, name: str) -> OneEpochDataset:
     """The tokens of a component.
 
     Raises:
         DataError: they cannot be read, or are others than the run's.
     """
-    dataset = run.dataset(name)
+    from es_megatron.spikes.run_files import dataset_of
+
+    dataset = dataset_of(manifest, name)
     if dataset is None:
         raise DataError(
             f"The files of `{name}` must be those of the run to tell the rows of its documents, but are missing or "

@@ -89,7 +89,7 @@ class RunCheckpoints:
         else:
             state = self._resumption.state
             engine.follow(state["engine"])
-        self.changes = [*changes(state.get("settings", {}), self._settings), *engine.epochs.skipped.changes]
+        self.changes = changes(state.get("settings", {}), self._settings)
         totals.load_state_dict(state["totals"])
         totals.chosen, totals.drawn = self._renumber(totals.chosen), self._renumber(totals.drawn)
         backend.load(self._found / MODEL)

@@ -103,6 +103,8 @@ class Trainer:
             journal.say(plan)
             if self.checkpoints.changes:
                 journal.say(f"changed since iteration {start}: {', '.join(self.checkpoints.changes)}")
+            for change in self.engine.epochs.skipped.changes:
+                journal.say(f"{change} from iteration {start} on")
             self.data.agree(FIRST_SECONDS)
             self._train(journal, iterations)
             self.data.close()
