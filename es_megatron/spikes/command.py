@@ -67,13 +67,13 @@ def run_spike(arguments: argparse.Namespace) -> int:
 
 
 def rows_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) -> tuple[dict[str, Any], Manifest]:
-    """Rows that iterations trained, or drew where no audit tells more, with the stored scores around them.
+    """Rows that iterations trained, or drew where no audit tells more, with what checkpoints know of them.
 
     Returns:
         `what` they are, `order` (by what), `checkpoints` before and after, and `rows`, those first that stand out most;
         and the blend that they are of.
     """
-    from es_megatron.spikes.run_files import drawn_rows, scores_at
+    from es_megatron.spikes.run_files import drawn_rows, history_at
 
     known = [(number, each) for number, each in trained.items() if number >= first] if last in trained else []
     what = f"rows trained in iterations {first} to {last}"
@@ -98,11 +98,13 @@ def rows_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) -
     }
     for when, checkpoint in around.items():
         if checkpoint is None:
-            table |= {f"score {when}": [math.nan] * len(ids), f"visits {when}": [None] * len(ids)}
+            table |= {f"history {when}": [math.nan] * len(ids), f"visits {when}": [None] * len(ids)}
         else:
-            score, visits = scores_at(run.checkpoints[checkpoint], manifest, ids)
-            table |= {f"score {when}": np.where(visits > 0, score, np.nan).tolist(), f"visits {when}": visits.tolist()}
-    order = next((name for name in ("loss", "score after") if not all(map(math.isnan, table[name]))), "score before")
+            score, visits = history_at(run.checkpoints[checkpoint], manifest, ids)
+            table |= {f"history {when}": score.tolist(), f"visits {when}": visits.tolist()}
+    order = next(
+        (name for name in ("loss", "history after") if not all(map(math.isnan, table[name]))), "history before"
+    )
     rows = [dict(zip(table, each, strict=True)) for each in zip(*table.values(), strict=True)]
     rows.sort(key=lambda each: math.inf if math.isnan(each[order]) else -each[order])
     names = {when: None if each is None else run.checkpoints[each].name for when, each in around.items()}
@@ -110,7 +112,7 @@ def rows_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) -
 
 
 def curve_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) -> list[dict[str, Any]]:
-    """Loss and gradient norm of the iterations from `first` on, and what part they are of the medians before them.
+    """Loss and gradient norm of the iterations from `first` on, beside the medians of what was before.
 
     Those of the audit; of the stretches of the metrics file where it does not tell losses.
     """
@@ -130,9 +132,9 @@ def curve_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) 
         {
             "iterations": str(low) if low == high else f"{low}-{high}",
             "loss": loss,
-            "of median": loss / usual_loss,
+            "x usual loss": loss / usual_loss,
             "gradient norm": norm,
-            "norm of median": norm / usual_norm,
+            "x usual norm": norm / usual_norm,
         }
         for low, high, loss, norm in points
         if high >= first
@@ -186,8 +188,11 @@ def described(found: dict[str, Any], run: RunFiles) -> str:
         return "-" if value is None else str(value)
 
     def table(rows: list[dict[str, Any]]) -> list[str]:
-        names = [name for name in rows[0] if name != "text"]
-        lines = aligned([names, *([shown(row[name]) for name in names] for row in rows)]).split("\n")
+        names = [name for name in rows[0] if name not in ("component", "text")]
+        cells = [[shown(row[name]) for name in names] for row in rows]
+        for cell, row in zip(cells, rows, strict=True):
+            cell[0] = f"{row['component']}:{cell[0]}" if "component" in row else cell[0]
+        lines = aligned([names, *cells]).split("\n")
         return [
             lines[0],
             *(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from es_megatron.algorithm.evolution import usable_scores
 from es_megatron.checkpoint.compatibility import list_differences
 from es_megatron.checkpoint.es_state import Reader, read_manifest
 from es_megatron.config import EvolvedSamplingConfig
@@ -157,11 +158,14 @@ def drawn_rows(run: RunFiles, iteration: int) -> Int64:
     raise DataError(f"What iteration {iteration} drew cannot be told by the checkpoints of `{run.path}`. {CURE}")
 
 
-def scores_at(folder: Path, manifest: Manifest, ids: Int64) -> tuple[Float32, UInt8]:
-    """Scores as they are stored, and visits, of some ids of a blend in a checkpoint; no visits if it is of another."""
+def history_at(folder: Path, manifest: Manifest, ids: Int64) -> tuple[Float32, UInt8]:
+    """Mean loss of rows in a checkpoint, the newest counting most, and visits; none if it is of another blend.
+
+    That is the stored score without its start value, nan without a visit.
+    """
     files = ScoreFiles(folder)
     if list_differences(files.manifest.to_json(), manifest.to_json()):
-        return np.zeros(len(ids), np.float32), np.zeros(len(ids), np.uint8)
+        return np.full(len(ids), np.nan, np.float32), np.zeros(len(ids), np.uint8)
     document = read_manifest(files.folder)
     reader, bounds = Reader(files.folder, document), np.asarray(document["shard_bounds"])
     score, visits = np.empty(len(ids), np.float32), np.empty(len(ids), np.uint8)
@@ -174,4 +178,5 @@ def scores_at(folder: Path, manifest: Manifest, ids: Int64) -> tuple[Float32, UI
             reader.read_range(kind, whole, low)
             target[here] = whole[ids[here] - low]
     reader.close()
-    return score, visits
+    decay = float(files.state["engine"]["terms"]["decay"])
+    return usable_scores(score, visits, decay, 1.0 / manifest.total, "debiased", np.nan), visits

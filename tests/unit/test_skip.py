@@ -267,8 +267,8 @@ def test_a_spike_of_megatron_lm_s_folder_counts_from_one(tmp_path: Path, capsys:
     assert main(command) == 0
     told = capsys.readouterr().out
     first, second, *_ = told.partition("visits after")[2].splitlines()[1:]
-    assert first.split()[:4] == [NAMES[0], "7", str(at), "50"]
-    assert second.split()[3] == "2"
+    assert first.split()[:3] == [f"{NAMES[0]}:7", str(at), "50"]
+    assert second.split()[2] == "2"
     assert f"the oldest after iter_{at:07d}" in told
     assert f"es-megatron skip {run} {NAMES[0]}:7 " in told
     assert "echo" not in told  # Megatron-LM has a file of its own that names the newest checkpoint
