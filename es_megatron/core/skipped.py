@@ -55,10 +55,10 @@ class SkippedRows:
                     check_enough(found, schedule)
             self.rows = grid.broadcast_object(found)
         self.ids = ids_of(self.rows, schedule.manifest)
-        self.changes = [f"{told(self.rows)} are left out"] if self.rows else []
+        self.changes = [f"the run leaves out {told(self.rows)}"] if self.rows else []
         """What is news since the checkpoint, or since the beginning, in words."""
         if self.rows:
-            LOGGER.info("%s of `%s` are never drawn", told(self.rows), path)
+            LOGGER.info("`%s` leaves out %s", path, told(self.rows))
 
     def to_json(self) -> dict[str, RowsByName]:
         """What a checkpoint keeps under `skipped`: nothing without such rows, as versions before have it."""
@@ -76,8 +76,8 @@ class SkippedRows:
                 f"The checkpoint's run leaves out {told(saved)}, but `order.skip` names no file of them. Restore "
                 f'`{SKIPPED}`, or set `order.skip`; a file with `{{"components": {{}}}}` draws them again.'
             )
-        news = {"are left out": less(self.rows, saved), "are drawn again": less(saved, self.rows)}
-        self.changes = [f"{told(rows)} {what}" for what, rows in news.items() if rows]
+        news = {"leaves out": less(self.rows, saved), "draws again": less(saved, self.rows)}
+        self.changes = [f"the run {does} {told(rows)}" for does, rows in news.items() if rows]
 
 
 def read_skipped(path: Path, manifest: Manifest) -> RowsByName:

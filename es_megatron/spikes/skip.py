@@ -57,7 +57,7 @@ def run_skip(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"`{output}` cannot be written ({error.strerror}). Name another file by `--output`."
         ) from error
-    print(f"{output}: {told(both)} are never drawn from the next start of the run on")
+    print(f"{output}: leaves out {told(both)} from the next start of the run on")
     if arguments.output is not None or run.settings is None:
         print(f"Start it with `evolved_sampling.order.skip={output}` (`--es-order-skip {output}` elsewhere).")
     return 0

@@ -112,12 +112,9 @@ def rolled_back(spiked: tuple[Path, int], tmp_path_factory: pytest.TempPathFacto
     def copied(name: str) -> Path:
         copy = folder / name
         shutil.copytree(directory, copy)
-        before = f"iter_{at // SAVED_EACH * SAVED_EACH:07d}"
-        for each in (copy / "checkpoints").glob("iter_*"):
-            if each.name > before:
-                shutil.rmtree(each)
-        (copy / "checkpoints" / "latest").write_text(before)
-        (copy / "summary.json").unlink()
+        found = spike_of(copy, "--iteration", str(at))
+        assert found["checkpoints"]["before"] == f"iter_{at // SAVED_EACH * SAVED_EACH:07d}"
+        (copy / "checkpoints" / "latest").write_text(found["checkpoints"]["before"])
         assert main(["skip", str(copy), f"a:{DAMAGED}", "a:3-4"]) == 0
         return copy
 
@@ -141,7 +138,7 @@ def test_rows_left_out_are_not_trained_any_more(left_out: Path, spiked: tuple[Pa
     assert len(without) == len(with_it)  # the plan of the run has not changed
     assert not {DAMAGED, 3, 4} & {each for ids in without[begun:] for each in ids}
     log = (left_out / "log.txt").read_text()
-    assert f"\n3 rows (a 3) are left out from iteration {begun} on\n" in log
+    assert f"\nthe run leaves out 3 rows (a 3) from iteration {begun} on\n" in log
 
 
 @pytest.mark.timeout(300)
@@ -152,7 +149,7 @@ def test_any_layout_and_any_interruption_give_the_same(
     go(two, 2, stop=spiked[1] + 1)
     go(two, 2)
     assert audit_of(two) == audit_of(left_out)
-    assert "are left out" not in (two / "log.txt").read_text().rpartition("plan:")[2]  # no news the second time
+    assert "the run leaves out" not in (two / "log.txt").read_text().rpartition("plan:")[2]  # no news the second time
 
 
 @pytest.mark.timeout(200)

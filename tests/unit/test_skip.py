@@ -88,7 +88,7 @@ def test_skipped_rows_are_never_trained_and_a_resume_equals_the_whole_run(tmp_pa
     until = make(arm=arm).plan.schedule.iterations
     plain = run_of(make(arm=arm), until)
     engine = skipping(skip, arm=arm)
-    assert engine.epochs.skipped.changes == [f"4 rows ({NAMES[0]} 3, {NAMES[2]} 1) are left out"]
+    assert engine.epochs.skipped.changes == [f"the run leaves out 4 rows ({NAMES[0]} 3, {NAMES[2]} 1)"]
     whole = run_of(engine, until)
     out = {3, 4, 30, SIZES[0] + SIZES[1] + 5}
     assert out & {each for ids in plain for each in ids}
@@ -110,12 +110,12 @@ def test_a_checkpoint_knows_the_rows(tmp_path: Path):
     other = skipping(make_file(tmp_path / "other.json", {NAMES[0]: [4], NAMES[1]: [0, 1]}))
     other.load(tmp_path / "state")
     assert other.epochs.skipped.changes == [
-        f"2 rows ({NAMES[1]} 2) are left out",
-        f"1 row ({NAMES[0]} 1) are drawn again",
+        f"the run leaves out 2 rows ({NAMES[1]} 2)",
+        f"the run draws again 1 row ({NAMES[0]} 1)",
     ]
     again = skipping(make_file(tmp_path / "none.json", {}))
     again.load(tmp_path / "state")
-    assert again.epochs.skipped.changes == [f"2 rows ({NAMES[0]} 2) are drawn again"]
+    assert again.epochs.skipped.changes == [f"the run draws again 2 rows ({NAMES[0]} 2)"]
     make().save(tmp_path / "without")
     assert "skipped" not in json.loads((tmp_path / "without" / "state.json").read_text())["engine"]
 
@@ -222,7 +222,7 @@ def test_skip_adds_to_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["skip", str(run), f"{NAMES[0]}:3", f"{NAMES[1]}:0-1"]) == 0
     assert main(["skip", str(run), f"{NAMES[0]}:1"]) == 0
     told = capsys.readouterr().out
-    assert f"skipped.json: 4 rows ({NAMES[0]} 2, {NAMES[1]} 2) are never drawn" in told
+    assert f"skipped.json: leaves out 4 rows ({NAMES[0]} 2, {NAMES[1]} 2) from" in told
     assert f"--es-order-skip {run / 'skipped.json'}" in told
     assert read_skipped(run / "skipped.json", MANIFEST) == {NAMES[0]: [1, 3], NAMES[1]: [0, 1]}
 
