@@ -122,7 +122,12 @@ def curve_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) 
     if all(math.isnan(point[2]) for point in points) and run.settings is not None:
         with suppress(DataError):  # not there
             points = [
-                (each.iteration - each.iterations, each.iteration - 1, *map(known, (each.chosen_loss, each.grad_norm)))
+                (
+                    each.iteration - each.iterations,
+                    each.iteration - 1,
+                    known(each.lm_loss if each.chosen_loss is None else each.chosen_loss),
+                    known(each.grad_norm),
+                )
                 for each in read_metrics(run.path).stretches
                 if each.iteration - each.iterations <= last
             ]
@@ -132,9 +137,9 @@ def curve_of(run: RunFiles, trained: dict[int, Trained], first: int, last: int) 
         {
             "iterations": str(low) if low == high else f"{low}-{high}",
             "loss": loss,
-            "x usual loss": loss / usual_loss,
+            "x usual loss": loss / usual_loss if usual_loss else math.nan,
             "gradient norm": norm,
-            "x usual norm": norm / usual_norm,
+            "x usual norm": norm / usual_norm if usual_norm else math.nan,
         }
         for low, high, loss, norm in points
         if high >= first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -109,6 +110,7 @@ def read_audit(path: Path, first: int, last: int) -> dict[int, Trained]:
     return found
 
 
+@functools.cache
 def dataset_of(manifest: Manifest, name: str) -> OneEpochDataset | None:
     """The tokens of a component; None where its files are not there any more, or are others."""
     saved = next(each for each in manifest.components if each.name == name)

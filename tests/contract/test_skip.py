@@ -101,6 +101,11 @@ def test_drawn_rows_are_found_without_an_audit(spiked: tuple[Path, int], tmp_pat
         assert len(found["rows"]) == 16
         assert {offsets[row["component"]] + row["row"] for row in found["rows"]} >= set(chosen[iteration])
         assert "run.audit=true" in found["what"]
+        (*_, stretch) = found["curve"]  # of the metrics file, which begins a stretch at every save
+        first, _, last = stretch["iterations"].partition("-")
+        assert int(first) <= iteration <= int(last or first)
+        assert stretch["loss"] > 0
+        assert stretch["gradient norm"] > 0
 
 
 @pytest.fixture(scope="module")
