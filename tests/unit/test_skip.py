@@ -107,6 +107,9 @@ def test_a_checkpoint_knows_the_rows(tmp_path: Path):
     skipping(skip).save(tmp_path / "state")
     with pytest.raises(CheckpointError, match=rf"leaves out 2 rows \({NAMES[0]} 2\), but `order.skip` names no file"):
         make().load(tmp_path / "state")
+    engine = json.loads((tmp_path / "state" / "state.json").read_text())["engine"]
+    with pytest.raises(CheckpointError, match="names no file"):  # as a run over another blend goes on
+        make().follow(engine)
     other = skipping(make_file(tmp_path / "other.json", {NAMES[0]: [4], NAMES[1]: [0, 1]}))
     other.load(tmp_path / "state")
     assert other.epochs.skipped.changes == [
