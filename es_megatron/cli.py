@@ -56,6 +56,12 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             ),
         ),
         "report": Command("report.command", "run_report", ("runs/pretrain", "runs/es --control runs/plain")),
+        "spike": Command(
+            "spikes.command", "run_spike", ("runs/pretrain --iteration 4210", "runs/pretrain --iteration 4210 --text")
+        ),
+        "skip": Command(
+            "spikes.skip", "run_skip", ("runs/pretrain books:17 code:40-45", "runs/pretrain --documents books:3")
+        ),
         "settings": Command(
             "settings_page.command",
             "run_settings",

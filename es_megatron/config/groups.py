@@ -202,6 +202,10 @@ class OrderSettings:
     """Node-local folder, such as `/dev/shm`, in which the ranks of a node share kept masks (1.15 bits a sample); None:
     each rank holds its own."""
 
+    skip: str | None = None
+    """File of rows that are never drawn, made by `es-megatron skip`; another row of the same epoch takes the place of
+    each. None: none; in `es-megatron pretrain` those of `skipped.json` in `run.directory`, where it is there."""
+
     check_files: bool = True
     """Read the data files from end to end behind the run, and end it where one is not what the hash beside it says, or
     has token ids that the model has not."""

@@ -220,8 +220,7 @@ class EvolvedSampling:
             CheckpointError: missing, damaged, of other data, or of another run.
         """
         saved = load_es_state(folder, self.manifest.total, self.grid, self.manifest.to_json())
-        sizes = self.manifest.sizes
-        masks = {key: KeptMask(packed, int(sizes[key[0]])) for key, packed in saved.masks.items()}
+        masks = {key: KeptMask(packed, int(self.manifest.sizes[key[0]])) for key, packed in saved.masks.items()}
         self.load_state_dict(saved.state["engine"], masks)
         self.store.load(saved.score, saved.visits)
         return {name: value for name, value in saved.state.items() if name != "engine"}
@@ -231,12 +230,11 @@ class EvolvedSampling:
 
         Collective where meta-batches are scored early.
         """
-        schedule = self.plan.schedule
         return {
             "iteration": self.iteration,
             "terms": {**self._terms(), "reference.folder": self.config.reference.folder},
-            "origin": schedule.origin.to_json(),
-            "stood_for": schedule.stood_for(self.iteration),
+            "origin": self.plan.schedule.origin.to_json(),
+            "stood_for": self.plan.schedule.stood_for(self.iteration),
             **self.epochs.to_json(),
             "chooser": self.chooser.state,
             **self.ahead.to_json(self.grid),
@@ -249,13 +247,14 @@ class EvolvedSampling:
             CheckpointError: unknown or missing keys, or terms that decide the data order and differ.
         """
         expected = {"iteration", "terms", "origin", "stood_for", "decided", "rescaled", "chooser"}
-        if set(state) - {"ahead"} != expected:
+        if set(state) - {"ahead", "skipped"} != expected:
             raise CheckpointError(
                 f"The state must have the keys {sorted(expected)}, but has {sorted(state)} instead. "
                 "Load it with the version of es_megatron that wrote it."
             )
         self._adopt_mixture(state["terms"])
         self.epochs.adopt(state["terms"])
+        self.epochs.skipped.follow(state)
         check_terms(
             {MIXTURE: "free", UNVISITED: "start", "ramp": [], **state["terms"], "origin": state["origin"]},
             {**self._terms(), "origin": self.plan.schedule.origin.to_json()},
@@ -268,6 +267,7 @@ class EvolvedSampling:
     def follow(self, state: Mapping[str, Any]) -> None:
         """Take over from a run over another blend what is about its components: the mixture, and what they are owed."""
         self._adopt_mixture(state["terms"])
+        self.epochs.skipped.follow(state)
         self.chooser.follow(state["chooser"])
 
     def _adopt_mixture(self, terms: Mapping[str, Any]) -> None:
@@ -285,11 +285,10 @@ class EvolvedSampling:
 
     def _terms(self) -> dict[str, Any]:
         """Settings that decide which samples come when and what the saved state means."""
-        schedule = self.plan.schedule
         return {
             "meta_batch": self.meta_batch,
-            "train_samples": schedule.train_samples,
-            "iterations": schedule.iterations,
+            "train_samples": self.plan.schedule.train_samples,
+            "iterations": self.plan.schedule.iterations,
             **self.config.terms,
             **self.epochs.terms,
             MIXTURE: self.chooser.mixture.mixture,
@@ -384,6 +383,7 @@ class EvolvedSampling:
             components=batch.component[positions],
             meta_loss=mean_of_all(loss),
             chosen_loss=mean_of_finite(loss[positions]),
+            losses=loss[positions],
             bad=int(np.count_nonzero(is_bad(loss if known else loss[positions]))) if self.scorer.learns else 0,
             masked=int(np.count_nonzero(loss == NO_LOSS)),
             seconds=dict(self._seconds),

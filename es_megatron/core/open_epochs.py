@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from es_megatron.core.epoch_pruning import EpochPruning, StandIn
 from es_megatron.core.plan import Plan
+from es_megatron.core.skipped import SkippedRows
 from es_megatron.data.mask import KeptMask
 from es_megatron.data.sampler import MetaBatch, Sampler
 from es_megatron.errors import CheckpointError, ConfigError
@@ -49,6 +50,8 @@ class OpenEpochs:
         """
         self.plan, self.sampler = plan, sampler
         self.pruning = EpochPruning(store)
+        self.skipped = SkippedRows(plan.config.order.skip, plan.schedule, store.grid)
+        sampler.skipped = self.skipped.ids
         self.entries: dict[EpochKey, Entry] = {}
         self.lag = plan.config.order.mask_lag or 1
         """Iterations between the scores that decide a mask and its first draw."""
@@ -151,10 +154,14 @@ class OpenEpochs:
         pruned = (batch.epoch >= first) & (batch.epoch < after)
         return float(np.where(pruned, epochs.full[batch.component] / epochs.kept[batch.component], 1.0).mean())
 
-    def to_json(self) -> dict[str, list[list[float]]]:
-        """What a checkpoint keeps: `decided` and `rescaled`."""
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps: `decided`, `rescaled`, and `skipped` where there are any."""
         rescaled = [[*key, *entry.stand_in] for key, entry in sorted(self.entries.items()) if entry.stand_in]
-        return {"decided": [[*key, when] for key, when in sorted(self.decided.items())], "rescaled": rescaled}
+        return {
+            "decided": [[*key, when] for key, when in sorted(self.decided.items())],
+            "rescaled": rescaled,
+            **self.skipped.to_json(),
+        }
 
     def load(
         self,

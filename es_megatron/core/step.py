@@ -82,3 +82,5 @@ class StepRecord(NamedTuple):
     """Mean loss of the sequences that were not chosen, where known, else nan."""
     masked: int = 0
     """Sequences known to have no loss, since all their tokens are masked."""
+    losses: Float32 = np.zeros(0, dtype=np.float32)
+    """Of each of `chosen`; nan where not known."""

@@ -1,4 +1,8 @@
-"""The meta-batch of an iteration: a pure function of (manifest, seed, kept masks, position)."""
+"""The meta-batch of an iteration: a pure function of (manifest, seed, kept masks, skipped rows, position).
+
+The place of a skipped row is taken by the row half an epoch away from it in the order of that epoch, which so comes
+twice: every epoch keeps its length, and with it the plan of the run and the mixture.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import numpy.typing as npt
 from es_megatron.algorithm.randomness import component_key
 from es_megatron.data.mask import KeptMask, select_of_many
 from es_megatron.data.permutation import EpochOrder, Orders
-from es_megatron.data.schedule import Schedule
+from es_megatron.data.schedule import DrawPlaces, Schedule
 from es_megatron.errors import ConfigError
 
 Int64 = npt.NDArray[np.int64]
@@ -37,7 +41,7 @@ class MetaBatch(NamedTuple):
 
 
 class Sampler:
-    """Serves any meta-batch by its iteration; its only state is the kept masks of the epochs that are open."""
+    """Serves any meta-batch by its iteration; its state is the kept masks of open epochs, and the skipped rows."""
 
     def __init__(self, schedule: Schedule, seed: int) -> None:
         """Start with no mask.
@@ -50,6 +54,8 @@ class Sampler:
         self.manifest = schedule.manifest
         self.seed = seed
         self.masks: dict[tuple[int, int], KeptMask] = {}
+        self.skipped: Int64 = np.zeros(0, np.int64)
+        """Ids that are never drawn, fewer of each component than an epoch has draws."""
         self._sizes: list[int] = self.manifest.sizes.tolist()
         self._orders = Orders(seed, [component_key(component.name) for component in self.manifest.components])
 
@@ -84,9 +90,24 @@ class Sampler:
                 del self.masks[component, epoch]
 
     def _rows(self, positions: Int64) -> tuple[Int64, Int64, Int64]:
-        """The same for so many positions as fit the cache, epoch by epoch of each component."""
+        """The same for so many positions as fit the cache."""
         component, draw = self.schedule.blend.locate(positions)
-        epoch, index, pruned = self.schedule.epochs.place(component, draw)
+        epoch, index, pruned = place = self.schedule.epochs.place(component, draw)
+        row = self._rows_of(component, place)
+        if not len(self.skipped):
+            return component, epoch, row
+        epochs, away = self.schedule.epochs, 0
+        at = np.arange(len(row))
+        while len(at := at[np.isin(self.manifest.sample_ids(component[at], row[at]), self.skipped)]):
+            length = np.where(pruned[at], epochs.kept[component[at]], epochs.full[component[at]])
+            other = (index[at] + length // 2 + away) % length
+            row[at] = self._rows_of(component[at], DrawPlaces(epoch[at], other, pruned[at]))
+            away += 1
+        return component, epoch, row
+
+    def _rows_of(self, component: Int64, place: DrawPlaces) -> Int64:
+        """Rows at places of epochs of components, epoch by epoch."""
+        epoch, index, pruned = place
         code = component << EPOCH_BITS | epoch
         order = np.argsort(code, kind="stable")
         code = code.take(order)
@@ -100,7 +121,7 @@ class Sampler:
         select_of_many([mask for _, _, mask in masks], lengths, found)
         row = np.empty_like(found)
         row[order] = found
-        return component, epoch, row
+        return row
 
     def _mask_of(self, component: int, epoch: int) -> KeptMask:
         mask = self.masks.get((component, epoch))

@@ -1,11 +1,14 @@
-"""The ids that were trained, as lines of JSON."""
+"""The ids that were trained and their losses, as lines of JSON."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from es_megatron.core.line_file import LineFile
 from es_megatron.core.step import StepRecord
@@ -14,7 +17,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Audit:
-    """A file with a line for each iteration: its number, sequences scored, ids chosen by position."""
+    """A file with a line for each iteration: its number, sequences scored, ids chosen by position, and their losses."""
 
     def __init__(self, path: Path, first: int, last: int) -> None:
         """Take the file; what is in it stays. A warning says how many lines of iterations that were run are missing.
@@ -45,9 +48,20 @@ class Audit:
                 next(each for each in range(first, last + 1) if each not in found),
             )
 
-    def write(self, iteration: int, record: StepRecord) -> None:
-        """Append the line of a finished iteration, under the caller's number."""
+    def write(self, iteration: int, record: StepRecord, norm: float = math.nan) -> None:
+        """Append the line of a finished iteration.
+
+        Args:
+            iteration: its number, as the caller counts.
+            record: what it did. Where no loss of a chosen sequence is known the line has no `loss`; null in it is one
+                that is not finite.
+            norm: of the gradients before clipping; without one that is finite the line has no `norm`.
+        """
         line = {"iteration": iteration, "scored": record.scored, "chosen": record.chosen.tolist()}
+        if np.isfinite(record.losses).any():
+            line["loss"] = [round(each, 4) if math.isfinite(each) else None for each in record.losses.tolist()]
+        if math.isfinite(norm):
+            line["norm"] = norm
         self._file.write(json.dumps(line))
 
     def close(self) -> None:

@@ -368,7 +368,7 @@ def _print_plan(run: Run, changes: list[str]) -> None:
         virtual=args.virtual_pipeline_model_parallel_size or 1,
     )
     _say(describe(engine.plan, layout, args.seq_length, calibrated=False))
-    for change in changes:
+    for change in (*changes, *engine.epochs.skipped.changes):
         _say(f"es: {change}")
     if run.resumed_at > run.started_at:
         _say(f"es: goes on at iteration {run.resumed_at} with the scores saved there")

@@ -52,7 +52,7 @@ def _info(arguments: argparse.Namespace) -> int:
     found = [describe(files, number) for number in range(len(files.manifest.components))]
     if arguments.json:
         rows = [{**dataclasses.asdict(each), "coverage": each.coverage} for each in found]
-        _print_json({"folder": str(files.folder), "iteration": files.iteration, "components": rows})
+        print_json({"folder": str(files.folder), "iteration": files.iteration, "components": rows})
         return 0
     print(f"{files.folder}: scores of {files.manifest.total} samples, {_when(files)}")
     quantiles = [f"p{round(100 * q)}" for q in QUANTILES]
@@ -63,9 +63,9 @@ def _info(arguments: argparse.Namespace) -> int:
         + [f"{value:.4g}" for value in (d.mean, d.deviation, *d.quantiles, d.highest, d.visits)]
         for d in found
     ]
-    print(_aligned(table))
+    print(aligned(table))
     print("age: share of samples by the visits they have had (255: or more)")
-    print(_aligned([["component", "0", *ages], *([d.component, *_shares(d.coverage, d.ages)] for d in found)]))
+    print(aligned([["component", "0", *ages], *([d.component, *_shares(d.coverage, d.ages)] for d in found)]))
     for mask in files.state.get("engine", {}).get("decided", []):
         component, epoch, iteration = mask
         name = files.manifest.components[component].name
@@ -119,7 +119,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     if arguments.json:
         rows = [dataclasses.asdict(each) for each in found]
         told = {"same": same, "only_first": only[0], "only_second": only[1], "other_files": other_text}
-        _print_json({**told, "components": rows})
+        print_json({**told, "components": rows})
         return int(not same)
     print(f"{first.folder} ({_when(first)}) and {second.folder} ({_when(second)})")
     for names, which in zip(only, ("first", "second"), strict=True):
@@ -133,7 +133,7 @@ def _diff(arguments: argparse.Namespace) -> int:
         + [f"{value:.4g}" for value in (d.mean_change, d.mean_distance, d.correlation)]
         for d in found
     ]
-    print(_aligned(table))
+    print(aligned(table))
     print("the scores are the same" if same else "the scores differ")
     return int(not same)
 
@@ -142,7 +142,8 @@ def _shares(coverage: float, ages: tuple[float, ...]) -> list[str]:
     return [f"{share:.2%}" for share in (1 - coverage, *ages)]
 
 
-def _aligned(table: list[list[str]]) -> str:
+def aligned(table: list[list[str]]) -> str:
+    """Columns under each other, the first to the left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(
@@ -153,7 +154,7 @@ def _aligned(table: list[list[str]]) -> str:
     )
 
 
-def _print_json(document: dict[str, Any]) -> None:
+def print_json(document: dict[str, Any]) -> None:
     """JSON knows no nan: what has no value is null."""
 
     def cleaned(value: Any) -> Any:

@@ -1,12 +1,18 @@
-"""Settings that differ from those of the checkpoint a run goes on from: they take effect, or are refused."""
+"""Settings that differ from those of the checkpoint a run goes on from: they take effect, or are refused.
+
+And the rows that a run leaves out from then on, where its folder names some.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from es_megatron.core.skipped import SKIPPED
 from es_megatron.errors import CheckpointError
+from es_megatron.rank_grid import RankGrid
 from es_megatron.trainer.settings import PretrainSettings, plain
 
 SECTIONS = ("model", "training")
@@ -60,3 +66,11 @@ def changes(saved: Mapping[str, Any], settings: PretrainSettings) -> list[str]:
             "run directory."
         )
     return [f"{name}: {old} -> {new}" for name, (old, new) in differing.items()]
+
+
+def with_skipped(settings: PretrainSettings, world: RankGrid) -> PretrainSettings:
+    """Settings with the rows to skip that the folder of the run names, unless they name others; collective."""
+    config, own = settings.evolved_sampling, settings.run.directory / SKIPPED
+    if config.order.skip is not None or not world.broadcast_object(own.is_file()):
+        return settings
+    return dataclasses.replace(settings, evolved_sampling=config.replaced({"order.skip": str(own)}))

@@ -298,6 +298,8 @@ def engine_settings(settings: PretrainSettings) -> dict[str, Any]:
     given.pop(SECTION, None)
     if block is not None:
         said = EvolvedSamplingConfig.from_mapping(block, f'{path}: "{SECTION}"')
+        if said.order.skip is None:  # which the folder of the run may have added
+            said = said.replaced({"order.skip": settings.evolved_sampling.order.skip})
         if said.filled_in() != settings.evolved_sampling.filled_in():
             raise ConfigError(
                 f'`"{SECTION}"` in `{path}` must agree with the section of that name in the run\'s '

@@ -119,7 +119,7 @@ class Journal:
             with suppress(OSError):  # a terminal that is gone
                 self._bar.update(1)
         if self._audit is not None:
-            self._audit.write(record.iteration, record)
+            self._audit.write(record.iteration, record, iteration.norm)
 
     def log(self, entry: LogEntry, record: StepRecord | None, shares: Mapping[str, tuple[float, float]]) -> None:
         """Write the log line and the scalars.

@@ -22,6 +22,7 @@ from es_megatron.scoring.arms import prunes
 from es_megatron.trainer.alarm import Alarm
 from es_megatron.trainer.backend import Backend, Iteration
 from es_megatron.trainer.backends import build_backend, start, stop
+from es_megatron.trainer.changes import with_skipped
 from es_megatron.trainer.checkpoints import RunCheckpoints
 from es_megatron.trainer.finished import finished_summary, told
 from es_megatron.trainer.journal import Journal
@@ -58,6 +59,7 @@ class Trainer:
         if self._shared_alarm:
             self.alarm.connect()
         world = RankGrid.data_parallel()
+        settings = self.settings = with_skipped(settings, world)
         with agreed(world, f"start in `{settings.run.directory}`", kind=ConfigError):
             if world.world_rank == 0:
                 self._lock.take()
@@ -107,6 +109,8 @@ class Trainer:
             journal.say(plan)
             if self.checkpoints.changes:
                 journal.say(f"changed since iteration {start}: {', '.join(self.checkpoints.changes)}")
+            for change in self.engine.epochs.skipped.changes:
+                journal.say(f"{change} from iteration {start} on")
             self.data.agree(FIRST_SECONDS)
             self._train(journal, iterations)
             self.data.close()

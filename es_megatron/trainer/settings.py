@@ -158,7 +158,7 @@ class RunSettings:
     client's environment variables: `WANDB_PROJECT`, `WANDB_NAME`, `WANDB_ENTITY`, `WANDB_MODE`."""
 
     audit: bool = False
-    """Write the chosen sample ids of every iteration."""
+    """Write the chosen sample ids of every iteration, and their losses where they are known (`es-megatron spike`)."""
 
     progress: bool = True
     """Show a progress bar on rank 0."""

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from es_megatron.core.skipped import write_skipped
+from es_megatron.frameworks.megatron_data import load_blend
 from tests import deepspeed_helper, small_run
 
 ZERO = {stage: f"deepspeed.zero_stage={stage}" for stage in range(4)}
@@ -104,6 +106,19 @@ VARIANTS = [
 def test_scorers_and_arms_equal_the_megatron_backend(variant, ranks, layout, blend, reference, tmp_path):
     traces = deepspeed_helper.run(ranks, blend, tmp_path, "backend=deepspeed", *layout, *variant)
     assert_equal_runs(traces, reference(*variant))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [pytest.param(2, [ZERO[1]], id="zero1-dp2"), pytest.param(2, [ZERO[1], PIPELINE], id="pp2", marks=slow)],
+)
+def test_rows_left_out_are_those_of_the_megatron_backend(ranks, layout, blend, reference, tmp_path):
+    file = blend.parent / "skipped.json"
+    write_skipped(file, load_blend(blend, small_run.T).manifest, {"a": [3, 30], "c": [1]})
+    option = f"evolved_sampling.order.skip={file}"
+    traces = deepspeed_helper.run(ranks, blend, tmp_path, "backend=deepspeed", *layout, option)
+    assert_equal_runs(traces, reference(option))
+    assert not {3, 30, 101} & {each for ids in traces[0].chosen for each in ids}
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, id="pp2"), pytest.param(4, id="pp2-dp2", marks=slow)])

@@ -11,6 +11,7 @@ import pytest
 
 from es_megatron.checkpoint.es_state import load_es_state
 from es_megatron.checkpoint.transfer import saved_blend
+from es_megatron.cli import main
 from es_megatron.rank_grid import RankGrid
 from tests.megatron_lm_helper import MODEL, SCORES, Outcome, Site, digest_tensors
 
@@ -261,6 +262,35 @@ def test_a_skipped_iteration_leaves_no_trace(site: Site, weights: list[str], ref
     # the samples that would have come in the iterations after it do come there, of other losses by now
     assert all(set(after[n]) != set(before[13]) for n in range(14, 21))
     assert len(after[14]) == len(before[14]) == 4
+
+
+def test_rows_left_out_are_not_trained_any_more(
+    site: Site, weights: list[str], reference: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = site.root / "left-out"
+    keep = [*LENGTH, *SCORES, "--save", str(folder), "--save-interval", "10"]
+    before = succeeded(site.run("left-out", [*keep, *weights, "--exit-interval", "10"])).chosen()
+    manifest = saved_blend(folder / "iter_0000010" / "es_state")
+    out = [n for n in reference.chosen()[15] if n not in before[10]]
+    component, row = manifest.locate(np.asarray([*out, before[10][0]], np.int64))
+    names = [f"{manifest.components[c].name}:{r}" for c, r in zip(component.tolist(), row.tolist(), strict=True)]
+    assert main(["skip", str(folder), *names[:-1]]) == 0
+    audit = site.root / "left-out.audit.jsonl"
+    spike = ["spike", str(folder), "--iteration", "10", "--before", "0", "--audit", str(audit)]
+    assert main(spike) == 0
+    told = capsys.readouterr().out
+    assert f"\n{names[-1]} " in told
+    assert "oldest after iter_0000010" in told
+    more = [*keep, "--load", str(folder), "--exit-interval", "20", "--es-order-skip", str(folder / "skipped.json")]
+    after = succeeded(site.run("left-out", more))
+    assert f"es: the run leaves out {len(out)} row" in after.text
+    chosen = after.chosen()
+    assert list(chosen) == list(range(1, 21))
+    assert not set(out) & {n for number in range(11, 21) for n in chosen[number]}
+    assert {len(chosen[number]) for number in range(11, 21)} == {4}
+    refused = site.run("left-out", [*keep, "--load", str(folder), "--exit-interval", "25"])
+    assert refused.code != 0
+    assert f"leaves out {len(out)} row" in refused.text
 
 
 def test_plain_checkpoint_is_adopted_and_given_back(site: Site, weights: list[str]) -> None:

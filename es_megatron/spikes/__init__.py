@@ -1,0 +1,1 @@
+"""Loss spikes: the rows behind one, and leaving rows out of a run."""
