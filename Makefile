@@ -4,12 +4,12 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help venv style format check test test-all test-newest test-deepspeed test-megatron-lm trees gpu-check demo \
-    results-quick chaos clean
+    results-quick chaos docs clean
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell command -v $(name)),$(name))))
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
-EXTRAS ?= dev,report,deepspeed,huggingface
+EXTRAS ?= dev,docs,report,deepspeed,huggingface
 PYTEST_ARGS ?=
 TESTS ?=
 
@@ -29,9 +29,12 @@ export OMP_NUM_THREADS := 1
 export DS_ACCELERATOR ?= cpu
 export DS_BUILD_OPS ?= 0
 
+# mkdocs-material speaks of a version of mkdocs that is kept out here.
+export NO_MKDOCS_2_WARNING := 1
+
 help:
 	@echo "make venv | style | format | check | test | test-all | test-newest | test-deepspeed | test-megatron-lm | gpu-check |"
-	@echo "     demo | results-quick | chaos MINUTES=60 | clean"
+	@echo "     demo | results-quick | chaos MINUTES=60 | docs | clean"
 
 venv: $(STAMP)
 
@@ -89,7 +92,7 @@ trees: $(STAMP)
 	$(PIP) install --quiet six regex einops pydantic pybind11
 	MEGATRON_LM="$(abspath $(MEGATRON_LM))" MEGATRON_DEEPSPEED="$(abspath $(MEGATRON_DEEPSPEED))" $(BIN)/python -m pytest \
 	    tests/end_to_end/test_megatron_lm.py tests/end_to_end/test_megatron_lm_merged.py \
-	    tests/end_to_end/test_megatron_deepspeed.py $(PYTEST_ARGS)
+	    tests/end_to_end/test_megatron_deepspeed.py tests/end_to_end/test_example_scripts.py $(PYTEST_ARGS)
 
 # Nobody has run it on a GPU yet. Without a CUDA device it writes what it would do, and passes.
 gpu-check: $(STAMP)
@@ -107,5 +110,9 @@ MINUTES ?= 60
 chaos: $(STAMP)
 	$(BIN)/python -m tests.faults.chaos --minutes $(MINUTES) $(CHAOS_ARGS)
 
+# The documentation as a site, into site/; any warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --quiet --strict
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -40,6 +40,7 @@ FORMATS = ["pyarrow"]  # text that is Parquet or zstd
 REPORT = ["tensorboard", "matplotlib", "jinja2", "pyarrow"]
 DEEPSPEED = ["deepspeed>=0.16"]  # tested: 0.19.8
 HUGGINGFACE = ["accelerate>=1.0", "transformers>=5.0"]  # tested: 1.15.0, 5.24.0
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]  # tested: 1.6.1, 9.8.2, 1.0.8
 DEV = [
     "pytest>=8",
     "pytest-timeout",
@@ -89,6 +90,7 @@ setup(
         "huggingface": HUGGINGFACE,
         "formats": FORMATS,
         "report": REPORT,
+        "docs": DOCS,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["es-megatron = es_megatron.cli:main"]},

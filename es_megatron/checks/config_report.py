@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import NoReturn
 
-from es_megatron.checks.deepspeed_config import check_deepspeed
+from es_megatron.checks.deepspeed_config import check_blocks_in_yaml, check_deepspeed
 from es_megatron.checks.findings import Finding, blocking, report
 from es_megatron.checks.megatron_config import check
 from es_megatron.checks.sizes import Proposal, measure, propose
@@ -93,8 +93,8 @@ class _Parser(argparse.ArgumentParser):
 
 def examine_run(run: ExistingRun, wishes: Wishes) -> tuple[list[Finding], Proposal]:
     """Findings about one run, and what Evolved Sampling would do in it."""
-    findings = list(check_deepspeed(run, wishes.config)) if run.kind == "deepspeed" else []
-    findings += check(run, wishes.config)
+    blocks = check_deepspeed if run.kind == "deepspeed" else check_blocks_in_yaml
+    findings = [*blocks(run, wishes.config), *check(run, wishes.config)]
     sizes, more = measure(run)
     passes = passes_of(run, wishes.passes)
     proposal, told = propose(run, sizes, wishes.config, wishes.given, passes)

@@ -9,7 +9,7 @@ from es_megatron.checks.findings import Finding, note, ok, refuse
 from es_megatron.config import EvolvedSamplingConfig
 from es_megatron.config_files.existing_run import ExistingRun
 from es_megatron.refusals.deepspeed import DEEPSPEED, block_is_on
-from es_megatron.refusals.table import find
+from es_megatron.refusals.table import Refusal, find
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 NOTED = {
@@ -19,6 +19,21 @@ NOTED = {
     ),
     "flops_profiler": ("it counts the scoring pass too", "read tokens trained and forwarded in the log instead"),
 }
+
+REMOVED = (
+    "amp",
+    "compression_training",
+    "curriculum_learning",
+    "eigenvalue",
+    "elasticity",
+    "graph_harvesting",
+    "nebula",
+    "progressive_layer_drop",
+    "quantize_training",
+    "sparse_attention",
+    "sparse_gradients",
+)
+"""Keys that DeepSpeed 0.19.8 refuses wherever they stand."""
 
 
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -37,16 +52,18 @@ def check_deepspeed(run: ExistingRun, settings: EvolvedSamplingConfig) -> Iterat
     """Findings about a DeepSpeed JSON, for settings of Evolved Sampling."""
     config = run.deepspeed
     yield from _zero(config)
-
-    def setting(name: str) -> Any:
-        value = config.get(name)
-        return value if isinstance(value, int) else block_is_on(config, name) or None
-
-    found = list(find(DEEPSPEED, setting, settings))
+    found = list(find_blocks(config, settings))
     for row in found:
         yield refuse(f"`{row.name}`", row.why, row.way_out())
     if not found:
         yield ok("data order", "no curriculum, data efficiency, layer drop or autotuning of DeepSpeed's own")
+    gone = [name for name in REMOVED if name in config and name not in {row.name for row in found}]
+    if gone:
+        yield note(
+            " ".join(f"`{name}`" for name in gone),
+            "DeepSpeed 0.19.8 ends with an error where this stands, also where it is switched off",
+            "take it out",
+        )
     for name, (why, cure) in NOTED.items():
         if enabled(config, name):
             yield note(f"`{name}`", why, cure)
@@ -63,6 +80,25 @@ def check_deepspeed(run: ExistingRun, settings: EvolvedSamplingConfig) -> Iterat
             "an iteration that the loss scaler skips leaves the scores as they were",
             "none needed; bf16 skips none",
         )
+
+
+def find_blocks(config: Mapping[str, Any], settings: EvolvedSamplingConfig) -> Iterator[Refusal]:
+    """Rows of the table that the blocks and sizes of a DeepSpeed configuration break."""
+
+    def setting(name: str) -> Any:
+        value = config.get(name)
+        return value if isinstance(value, int) else block_is_on(config, name) or None
+
+    return find(DEEPSPEED, setting, settings)
+
+
+def check_blocks_in_yaml(run: ExistingRun, settings: EvolvedSamplingConfig) -> Iterator[Finding]:
+    """Findings about DeepSpeed's blocks in a YAML file, at its top or in a block of it, as GPT-NeoX has them."""
+    places = [run.deepspeed, *(each for each in run.deepspeed.values() if isinstance(each, dict))]
+    for place in places:
+        blocks = {name: value for name, value in place.items() if isinstance(value, dict)}
+        for row in find_blocks(blocks, settings):
+            yield refuse(f"`{row.name}`", row.why, row.way_out())
 
 
 def _zero(config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -114,11 +114,15 @@ def broadcast(store: TCPStore | None, key: str, node: int, make: Callable[[], st
 
 
 def gather(store: TCPStore | None, node: int, nodes: int, value: Stated, key: str = "facts") -> list[Stated]:
-    """What all nodes state, by node; without a store there is one node."""
+    """What all nodes state, by node; without a store there is one node.
+
+    Node 0, which hosts the store, leaves last: it alone waits for the others, who ask for nothing any more by then.
+    """
     if store is None:
         return [value]
     store.set(f"es/{key}/{node}", json.dumps(asdict(value)))
     found = [type(value)(**json.loads(store.get(f"es/{key}/{other}"))) for other in range(nodes)]
     store.set(f"es/{key}/read/{node}", "yes")
-    store.wait([f"es/{key}/read/{other}" for other in range(nodes)])  # the node that hosts it leaves last
+    if node == 0:
+        store.wait([f"es/{key}/read/{other}" for other in range(nodes)])
     return found

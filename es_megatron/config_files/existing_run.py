@@ -59,7 +59,7 @@ class ExistingRun:
     unread: tuple[str, ...] = ()
     """Variables that hold options, and are not set in the file."""
     deepspeed: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """The JSON, if that is what was read."""
+    """The JSON, if that is what was read; or the YAML, in which DeepSpeed's blocks may stand."""
 
     def on(self, name: str) -> bool:
         """Whether an option is set to anything but off."""

@@ -260,7 +260,7 @@ def _yaml(text: str, hints: Hints) -> Source:
         if name in SIZES and len({values for _, values in places}) > 1
     )
     ranks = hints.world_size or yaml_files.ranks_in(found)
-    run = ExistingRun("yaml", options, None, ranks, notes=notes).replaced(hints.values)
+    run = ExistingRun("yaml", options, None, ranks, notes=notes, deepspeed=content).replaced(hints.values)
     return Source("yaml", text, (run,), (), cast(Mapping[str, Any], block_in(content, "it") or {}), hints)
 
 

@@ -1,5 +1,6 @@
 """`attach` on a `DeepSpeedEngine` of one's own: a model that is not Megatron's, settings from the JSON, checkpoints."""
 
+import importlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from es_megatron.checkpoint import disk
+from es_megatron.checks.deepspeed_config import REMOVED
 from es_megatron.data.manifest import Component, Manifest
 from es_megatron.errors import CheckpointError, ConfigError, DataError, LossError
 from es_megatron.frameworks.deepspeed_common import check_engine, mean_loss, newest_tag, prepare
@@ -333,6 +335,15 @@ def test_what_cannot_work_is_refused_before_the_first_iteration(settings, messag
         ({"curriculum_learning_enabled": lambda: True}, "curriculum_learning"),
         ({"random_ltd_enabled": lambda: True}, "random_ltd"),
         (
+            {
+                "_config": SimpleNamespace(
+                    _param_dict={"data_efficiency": {"data_sampling": {"curriculum_learning": {"enabled": True}}}}
+                ),
+                "curriculum_learning_enabled": lambda: True,
+            },
+            "data_efficiency",
+        ),
+        (
             {"_config": SimpleNamespace(_param_dict={"progressive_layer_drop": {"enabled": True}})},
             "progressive_layer_drop",
         ),
@@ -362,10 +373,17 @@ def test_features_that_a_scoring_pass_would_get_wrong_are_refused(feature, name)
     }
     check_engine(SimpleNamespace(**usual), es_config(preset="paper"))
     engine = SimpleNamespace(**{**usual, **feature})
-    if name != "sequence_parallel_size":
+    if name not in ("sequence_parallel_size", "data_efficiency"):  # whatever the arm, the order is ours
         check_engine(engine, es_config(preset="paper", arm="plain"))
     with pytest.raises(ConfigError, match=f"`{name}` must be (off|1) (with|where) .* [Ss]witch it off"):
         check_engine(engine, es_config(preset="paper"))
+
+
+def test_keys_that_deepspeed_refuses_are_known():
+    removed = getattr(importlib.import_module("deepspeed.runtime.config"), "_REMOVED_TOP_LEVEL_CONFIG_KEYS", None)
+    if removed is None:
+        pytest.skip("this DeepSpeed still takes them")
+    assert set(removed) <= set(REMOVED)
 
 
 def test_settings_may_be_a_json_file_or_passed(tmp_path):

@@ -21,8 +21,18 @@ SECONDS = 300
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 20)]
 
 
-def test_every_example_is_run() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*NEEDS, "tokens"}
+def test_every_example_is_run_and_described() -> None:
+    scripts = {"megatron_lm.sh", "slurm.yaml"}  # by test_example_scripts.py
+    found = {path.name for path in (ROOT / "examples").iterdir() if path.is_file() and ".es." not in path.name}
+    assert found == {*(f"{name}.py" for name in NEEDS), "tokens.py", *scripts}
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert {name for name in found if name not in page} == set()
+    for name in scripts:
+        lines = (ROOT / "examples" / name).read_text(encoding="utf-8").splitlines()
+        commands = [
+            line.removeprefix("#     ").partition("  #")[0].strip() for line in lines if line.startswith("#     ")
+        ]
+        assert {each for each in commands if not each.startswith("MORE_ARGS") and f"    {each}\n" not in page} == set()
 
 
 @pytest.mark.parametrize("name", NEEDS)
