@@ -74,7 +74,10 @@ def test_a_minimal_spec():
         ({"blends": {"clean": {"demo": True, "damage": {"kinds": ["word"]}}}}, "Did you mean `words`?"),
         ({"blends": {"clean": {"demo": True, "duplicates": {"share": 1}}}}, r"`duplicates.share` must be in \(0, 1\)"),
         ({"jobs": 0}, "must be >= 1"),
-        ({"reference_models": {"clean": {"text": "others"}}}, "`text` must be one of same, apart, or a blend of this spec, but is 'others'"),
+        (
+            {"reference_models": {"clean": {"text": "others"}}},
+            r"text` must be one of same, apart, or a blend of this spec, but is 'others'",
+        ),
         ({"reference_models": {"clean": {"setings": {}}}}, "Unknown key `setings`"),
         ({"blends": {"clean": {"demo": True, "set_aside": 1}}}, r"`set_aside` must be in \[0, 1\)"),
     ],
