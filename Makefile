@@ -11,6 +11,8 @@ TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 EXTRAS ?= dev,docs,report,deepspeed,huggingface
 PYTEST_ARGS ?=
+# Files that are tested at a time; many tests start several ranks. 0 runs them one after the other, in pytest's own process.
+WORKERS ?= 2
 TESTS ?=
 
 # The newest megatron-core needs Python 3.12; the first one that starts is taken (pyenv has it without offering it).
@@ -59,7 +61,7 @@ check: style
 	$(BIN)/lint-imports --no-logo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(TESTS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TESTS) $(PYTEST_ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -44,6 +44,7 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"] 
 DEV = [
     "pytest>=8",
     "pytest-timeout",
+    "pytest-xdist",
     "hypothesis",
     "ruff>=0.11",
     "pyright[nodejs]",  # nodejs: so that a machine without node need not download one
