@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.findings import interval
 from es_megatron.bench.kept import KeptRuns
 from es_megatron.bench.results import Results
 from es_megatron.core.plan import Layout
@@ -94,9 +95,7 @@ def table(results: Results, kept: KeptRuns, measured: Path) -> str:
         cells = [f"{row.stages}", f"`{row.arm}`", f"{row.kept}", f"{row.time:.1%} ({row.how})"]
         for case in cases:
             against = case.arms[row.arm].against.get("history")
-            told = "" if row.arm == "history" else "not run yet"
-            if against is not None and against.seeds:
-                told = f"{against.mean:+.3f} [{against.low:+.3f}, {against.high:+.3f}]"
+            told = "" if row.arm == "history" else interval(against if against and against.seeds else None)
             cells.append(told)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
