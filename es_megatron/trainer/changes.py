@@ -31,12 +31,13 @@ TAKE_EFFECT = frozenset(
 OF_THE_LENGTH = frozenset({"training.passes", "training.train_samples", "training.global_batch_size"})
 """Held with the order of the data, which may be a new one where the blend has changed."""
 
+OF_THE_BEGINNING = frozenset({"model.weights"})
+"""Settings that mean nothing any more once a run has a checkpoint."""
+
 
 def comparable(settings: PretrainSettings) -> dict[str, Any]:
-    """What a checkpoint keeps of a run's settings, JSON-able: not where its first weights came from."""
-    told: dict[str, Any] = json.loads(json.dumps({name: plain(getattr(settings, name)) for name in SECTIONS}))
-    del told["model"]["weights"]
-    return told
+    """What a checkpoint keeps of a run's settings, JSON-able."""
+    return json.loads(json.dumps({name: plain(getattr(settings, name)) for name in SECTIONS}))
 
 
 def changes(saved: Mapping[str, Any], settings: PretrainSettings) -> list[str]:
@@ -56,7 +57,9 @@ def changes(saved: Mapping[str, Any], settings: PretrainSettings) -> list[str]:
         f"{section}.{name}": (saved[section][name], value)
         for section, values in comparable(settings).items()
         for name, value in values.items()
-        if name in saved.get(section, {}) and saved[section][name] != value
+        if name in saved.get(section, {})
+        and saved[section][name] != value
+        and f"{section}.{name}" not in OF_THE_BEGINNING
     }
     refused = {name: pair for name, pair in differing.items() if name not in TAKE_EFFECT | OF_THE_LENGTH}
     if refused:

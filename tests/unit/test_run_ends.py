@@ -15,7 +15,7 @@ import yaml
 from es_megatron.config import build
 from es_megatron.errors import CheckpointError
 from es_megatron.trainer import signals
-from es_megatron.trainer.changes import OF_THE_LENGTH, SECTIONS, TAKE_EFFECT, changes, comparable
+from es_megatron.trainer.changes import OF_THE_BEGINNING, OF_THE_LENGTH, SECTIONS, TAKE_EFFECT, changes, comparable
 from es_megatron.trainer.finished import SUMMARY, finished_summary, told
 from es_megatron.trainer.settings import SETTINGS, PretrainSettings, write_settings
 from tests.signals_helper import heed_all
@@ -112,12 +112,14 @@ def test_what_takes_effect_is_told_and_the_rest_is_refused():
 def test_every_setting_of_model_and_training_takes_effect_or_is_refused():
     usual = settings_of(train_samples=8, passes=None)
     known = {f"{name}.{each.name}" for name in SECTIONS for each in dataclasses.fields(getattr(usual, name))}
-    assert known >= TAKE_EFFECT | OF_THE_LENGTH
+    assert known >= TAKE_EFFECT | OF_THE_LENGTH | OF_THE_BEGINNING
     saved = comparable(usual)
     for name in known - OF_THE_LENGTH:
         section, _, last = name.partition(".")
         other = {**saved, section: {**saved[section], last: "another"}}
-        if name in TAKE_EFFECT:
+        if name in OF_THE_BEGINNING:
+            assert changes(other, usual) == []
+        elif name in TAKE_EFFECT:
             assert changes(other, usual) == [f"{name}: another -> {saved[section][last]}"]
         else:
             with pytest.raises(CheckpointError, match=f"`{name}` was 'another'"):
