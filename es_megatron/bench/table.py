@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -119,7 +120,7 @@ def _domains(results: Results, case: CaseResult) -> Section:
         cells = [arm.arm]
         for name in names:
             losses = list(arm.domains.get(name, {}).values())
-            loss = number(sum(losses) / len(losses) if losses else math.nan, ".4f")
+            loss = number(statistics.fmean(losses) if losses else math.nan, ".4f")
             difference = arm.domains_against.get(reference or "", {}).get(name)
             cells.append(loss if difference is None else f"{loss} ({number(difference.mean, '+.4f')})")
         rows.append(cells)
