@@ -117,25 +117,29 @@ def means_of(found: list[Tensor], grid: RankGrid) -> Float32 | None:
 @contextmanager
 def traceless(chunks: list[torch.nn.Module]) -> Generator[None]:
     """Leave no trace of what runs inside: modes, random states, buffers (MoE counters among them), timers, maxima."""
-    modules = [(module, module.training) for chunk in chunks for module in chunk.modules()]
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    # straight in the modules: this runs for every scoring micro-batch, and their attributes are slow to look up
+    training = [module for module in modules if module.training]
     # by the class: Megatron's data-parallel wrapper has an attribute `buffers` of its own
-    buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in torch.nn.Module.buffers(chunk)]
+    found = {id(each): each for module in modules for each in torch.nn.Module.buffers(module, recurse=False)}
+    buffers = [(buffer, buffer.clone()) for buffer in found.values()]
     configs = [config for chunk in chunks if (config := getattr(chunk, "config", None)) is not None]
     timers = [(config, config.timers) for config in configs if hasattr(config, "timers")]
     # of attention in Transformer Engine, over every forward pass of an iteration; `qk_clip` changes weights by them
-    logits = [(module, getattr(module, MAX_LOGITS)) for module, _ in modules if hasattr(module, MAX_LOGITS)]
+    logits = [(module, module.__dict__[MAX_LOGITS]) for module in modules if MAX_LOGITS in module.__dict__]
     trackers = [(tracker, tracker.get_states()) for tracker in rng_trackers()]
     cpu_state = torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    for chunk in chunks:
-        chunk.eval()
+    for module in training:
+        if type(module).train is not torch.nn.Module.train:
+            module.eval()
+    _set_training(training, to=False)
     for config, _ in timers:
         config.timers = None
     try:
         yield
     finally:
-        for module, training in modules:
-            module.training = training
+        _set_training(training, to=True)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -148,6 +152,14 @@ def traceless(chunks: list[torch.nn.Module]) -> Generator[None]:
         torch.set_rng_state(cpu_state)
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state)
+
+
+def _set_training(modules: list[torch.nn.Module], *, to: bool) -> None:
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            module.training = to
+        else:
+            object.__setattr__(module, "training", to)  # a module's own way looks for parameters first
 
 
 def rng_trackers() -> list[Any]:
