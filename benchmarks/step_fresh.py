@@ -1,7 +1,7 @@
 """The part of `benchmarks.step` that holds merged scoring against score-then-train, and both against the simulation.
 
 Iterations of the arms are interleaved, so that a slow spell of the machine falls on all of them. A repeat is the median
-of five of each, so that one slow step decides nothing. All iterations select; what the passes take is compared with
+of ten of each, so that a slow spell decides nothing. All iterations select; what the passes take is compared with
 `es_megatron.core.simulation` over the forward and backward that were timed in between.
 """
 
@@ -18,7 +18,7 @@ from es_megatron.core.plan import Layout
 
 NAMES = ("plain", "history", "score-then-train", "merged")
 SELECTS = NAMES[1:]
-PER_REPEAT = 5
+PER_REPEAT = 10
 """Iterations of each arm in one repeat."""
 
 
@@ -57,10 +57,12 @@ def conclude_fresh(bench: Any, seconds: dict[str, list[dict[str, float]]], layou
         "merged": layout.merged(share),
     }
     # the first and the last iteration of a merged run score twice and never
-    repeats = (min(map(len, seconds.values())) - 2) // PER_REPEAT
-    last = 1 + repeats * PER_REPEAT
+    there = min(map(len, seconds.values())) - 2
+    size = min(PER_REPEAT, there)
+    repeats = there // size
+    last = 1 + repeats * size
     steps = {
-        name: np.median(np.reshape([each["step"] for each in parts[1:last]], (repeats, PER_REPEAT)), axis=1)
+        name: np.median(np.reshape([each["step"] for each in parts[1:last]], (repeats, size)), axis=1)
         for name, parts in seconds.items()
     }
     passes = {name: [each["score"] + each["train"] for each in parts[1:last]] for name, parts in seconds.items()}
