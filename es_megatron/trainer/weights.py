@@ -79,7 +79,8 @@ def find_weights(settings: PretrainSettings) -> Path | None:
             f"`model.weights` must be of the same model, but `{path}` has {', '.join(differing)}. "
             "Set them as they were."
         )
-    if _tokenizer(found.settings.data.blend) not in (None, _tokenizer(settings.data.blend)):
+    tokenizers = {_tokenizer(found.settings.data.blend), _tokenizer(settings.data.blend)}
+    if len(tokenizers) == 2 and None not in tokenizers:
         raise ConfigError(
             f"`model.weights` must be of a run with the tokenizer of `{settings.data.blend}`, but that of `{path}` is "
             "another one: its ids mean other tokens. Prepare the data with that run's tokenizer (`--tokenizer`)."

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from es_megatron.trainer.settings import PretrainSettings
+from es_megatron.errors import ConfigError
+from es_megatron.trainer.settings import SETTINGS, PretrainSettings, write_settings
+from es_megatron.trainer.weights import find_weights
 from tests.ranks_helper import RankFailure, run_on_ranks
 from tests.small_run import History, settings_of, train, write_blend
 
@@ -69,3 +71,16 @@ def test_other_models_are_refused(base: tuple[Path, History], overrides: tuple[s
 def test_deepspeed_refuses_them(base: tuple[Path, History]) -> None:
     with pytest.raises(RankFailure, match=r"`model\.weights` must be left out with this backend"):
         run_on_ranks(1, train, beginning(base[0], "deepspeed", "backend=deepspeed"), timeout=SECONDS)
+
+
+def test_another_tokenizer_is_refused(base: tuple[Path, History], tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.model").write_bytes(name.encode())
+        told = (base[0] / "data" / "blend.yaml").read_text()
+        (tmp_path / f"{name}.yaml").write_text(f"{told}tokenizer: {name}.model\n")
+    run = shutil.copytree(base[0] / "base", tmp_path / "run")
+    write_settings(settings_of(tmp_path / "one.yaml", run), run / SETTINGS)
+    assert find_weights(settings_of(tmp_path / "one.yaml", tmp_path / "new", f"model.weights={run}")) is not None
+    assert find_weights(beginning(base[0], "new", f"model.weights={run}")) is not None, "its tokenizer is not known"
+    with pytest.raises(ConfigError, match="its ids mean other tokens"):
+        find_weights(settings_of(tmp_path / "other.yaml", tmp_path / "new", f"model.weights={run}"))
