@@ -11,6 +11,10 @@ from es_megatron.bench.statistics import PairedDifference
 
 RULES = ("excess", "residual", "band")
 """The rules of `reducible` that use the run's own losses."""
+SETTINGS = ("history", *RULES, "static", "paper")
+"""What a user can set, with the blend kept or as a preset has it: the advice is one of these, or a uniform choice."""
+OTHERS = ("history", "history-free", *RULES, "static", "band-same")
+"""What else was tried where the best rule misses an aim."""
 WANTED = 0.05
 """Nats below uniform that are aimed at on damaged text."""
 WORST = 0.02
@@ -32,6 +36,8 @@ DAMAGED = (
 )
 CHOSEN_ON = DAMAGED[:2]
 """Where the best rule is chosen: tuning blends only."""
+WIKI = "wiki"
+"""Case of a second tuning blend: of clean text; `wiki-CASE` are the others."""
 
 
 class Aim(NamedTuple):
@@ -41,6 +47,18 @@ class Aim(NamedTuple):
     found: str
     verdict: str
     """`met`, `missed`, or `open` while runs are missing."""
+    tried: str = ""
+    """What came of other arms where it was missed."""
+
+
+class Advice(NamedTuple):
+    """What to set for a kind of text, chosen on the tuning blends."""
+
+    case: str
+    arm: str
+    """`uniform` where nothing was better there."""
+    tuning: tuple[Place, ...]
+    proving: tuple[Place, ...]
 
 
 class Findings:
@@ -105,6 +123,8 @@ class Findings:
         worst = self.worst_domain(rule)
         found = "open" if worst is None else f"worst: {worst[0]}, {interval(worst[1])}"
         domains = "open" if worst is None else ("met" if worst[1].low <= WORST else "missed")
+        worsts = {arm: self.worst_domain(arm) for arm in OTHERS if arm != rule} if domains == "missed" else {}
+        others = "; ".join(f"`{arm}` {one[1].mean:+.3f} ({one[0]})" for arm, one in worsts.items() if one)
         return [
             self._aim(f"40% damaged: {WANTED} below uniform, or more", DAMAGED, "uniform", lambda d: d.mean <= -WANTED),
             self._aim("40% damaged: level with plain on one blend", DAMAGED, "plain", lambda d: d.low <= 0, any),
@@ -112,7 +132,7 @@ class Findings:
             self._aim("copies: below plain", both("copies"), "plain", below),
             self._aim("copies: below history with the mixture free", both("copies"), "history-free", below),
             self._aim("clean text, 4 passes: below uniform", both("clean"), "uniform", below),
-            Aim(f"no domain's lower end above +{WORST} against uniform", found, domains),
+            Aim(f"no domain's lower end above +{WORST} against uniform", found, domains, others),
             self._aim("40% damaged: below the static filter by the same reference", DAMAGED, "static", below),
         ]
 
@@ -127,7 +147,42 @@ class Findings:
         found = [self.difference(place, self.rule, reference) for place in places]
         whole = [one for one in found if one is not None and one.verdict != "open"]
         verdict = "met" if need([holds(one) for one in whole]) else "missed"
-        return Aim(what, self.told(places, self.rule, reference), verdict if len(whole) == len(places) else "open")
+        verdict = verdict if len(whole) == len(places) else "open"
+        tried = self._tried(places, reference) if verdict == "missed" else ""
+        return Aim(what, self.told(places, self.rule, reference), verdict, tried)
+
+    def _tried(self, places: Sequence[Place], reference: str) -> str:
+        """Means of the other arms, in the order of the places."""
+        told: list[str] = []
+        for arm in OTHERS:
+            means = [self.mean(place, arm, reference) for place in places]
+            if arm not in (self.rule, reference) and not any(map(math.isnan, means)):
+                told.append(f"`{arm}` {' / '.join(f'{mean:+.3f}' for mean in means)}")
+        return "; ".join(told)
+
+    def advice(self) -> list[Advice]:
+        """For every case of both specs whose runs are complete on the tuning blends, what was best there.
+
+        Only an arm whose interval leaves 0 out on every tuning blend of that case is preferred to a uniform choice.
+        """
+        found: list[Advice] = []
+        for spec, case, arm in self._arms:
+            if spec != "tuning" or arm != "uniform" or case.startswith(WIKI):
+                continue
+            wiki = WIKI if case == "clean" else f"{WIKI}-{case}"
+            places = [Place(spec, case, "demo text"), Place(spec, wiki, "Wikipedia and dialogue")]
+            places = [place for place in places if (spec, place.case, arm) in self._arms]
+            if not all(self.complete(places, name) for name in SETTINGS):
+                continue
+            better = [name for name in SETTINGS if all(self.verdict(place, name) == "wins" for place in places)]
+            best = min(better, key=lambda name: math.fsum(self.mean(place, name) for place in places), default=arm)
+            found.append(Advice(case, best, tuple(places), (Place("proving", case, "proving blend"),)))
+        return found
+
+    def verdict(self, place: Place, arm: str, reference: str = "uniform") -> str:
+        """What came of an arm against another; `open` where runs are missing."""
+        found = self.difference(place, arm, reference)
+        return "open" if found is None else found.verdict
 
     def expected(self, spec: str) -> dict[str, dict[str, Any]]:
         """Differences to uniform and to plain (low, mean, high) by case and arm, of those that are complete."""

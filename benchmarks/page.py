@@ -103,6 +103,7 @@ def pages(results: Mapping[str, Results]) -> dict[Path, str]:
         rule=findings.rule,
         progress=" ".join(_progress(name, each) for name, each in results.items() if name != "search"),
         aims=findings.aims(),
+        advice=[(PROVED.get(each.case, each.case), each) for each in findings.advice()],
         price=findings.price(DAMAGED[0], findings.rule),
         worst=findings.worst_domain(findings.rule),
         stages=_stages(results),
@@ -117,7 +118,11 @@ def pages(results: Mapping[str, Results]) -> dict[Path, str]:
     before, _, rest = readme.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     found[Path("README.md")] = f"{before}{MARKS[0]}\n{headlines(results, findings.rule)}\n{MARKS[1]}{after}"
-    told = {"arms": ways(load_spec(QUALITY / "proving.yaml")), "cases": findings.expected("proving")}
+    cases = findings.expected("proving")
+    told = {"arms": ways(load_spec(QUALITY / "proving.yaml")), "cases": cases, "best": {}}
+    for case, arm, *_ in findings.advice():
+        proved = cases.get(case, {}).get(arm, {}).get("uniform")
+        told["best"][case] = {"arm": None if arm == "uniform" else arm, "proving": proved}
     found[EXPECTED] = json.dumps(told, indent=1, sort_keys=True) + "\n"
     return found
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from es_megatron.bench.entries import mapping
 from es_megatron.bench.identity import same_run, settings_identity
 from es_megatron.bench.rates import Point
-from es_megatron.bench.spec import Overrides, Spec
+from es_megatron.bench.spec import FINALISTS, Overrides, Spec
 from es_megatron.checkpoint.es_state import read_manifest
 from es_megatron.checkpoint.reference_losses import fingerprint_of
 from es_megatron.checkpoint.transfer import find_scores
@@ -239,14 +240,20 @@ def read_outcome(folder: Path, identity: Mapping[str, Any]) -> Outcome | None:
 def searched(spec: Spec, outcomes: Outcomes, case: str, arm: str) -> list[Task]:
     """The runs among which learning rate and weight decay are chosen, as far as they are known.
 
-    All rates with the first weight decay, then the other decays with the best rate.
+    On the first search seed all rates with the first weight decay, then the other decays with the best rate; on the
+    other seeds its best points (`FINALISTS`), since those are told apart by less than a seed's luck.
     """
     if not spec.searches:
         return []
-    found = [Task(case, arm, rate, seed, spec.decays[0]) for rate in spec.learning_rates for seed in spec.search_seeds]
+    first, *others = spec.search_seeds
+    found = [Task(case, arm, rate, first, spec.decays[0]) for rate in spec.learning_rates]
     best = _best(outcomes, found)
     if best is not None:
-        found += [Task(case, arm, best.rate, seed, decay) for decay in spec.decays[1:] for seed in spec.search_seeds]
+        found += [Task(case, arm, best.rate, first, decay) for decay in spec.decays[1:]]
+    if best is not None and all(task in outcomes for task in found):
+        means = search_losses(outcomes, found)
+        finalists = sorted(filter(lambda point: math.isfinite(means[point]), means), key=lambda point: means[point])
+        found += [Task(case, arm, point.rate, seed, point.decay) for point in finalists[:FINALISTS] for seed in others]
     return found
 
 
@@ -265,11 +272,12 @@ def search_losses(outcomes: Outcomes, tasks: Sequence[Task]) -> dict[Point, floa
 
 
 def _best(outcomes: Outcomes, tasks: Sequence[Task]) -> Point | None:
+    """Of the points with the most seeds, the one with the best mean; one that failed or diverged cannot win."""
     if any(task not in outcomes for task in tasks):
         return None
-    means = search_losses(outcomes, tasks)
-    best = min(means, key=lambda point: means[point])
-    return best if math.isfinite(means[best]) else None
+    seeds = Counter(task.point for task in tasks)
+    means = {point: mean for point, mean in search_losses(outcomes, tasks).items() if math.isfinite(mean)}
+    return min(means, key=lambda point: (-seeds[point], means[point]), default=None)
 
 
 def paired_tasks(spec: Spec, outcomes: Outcomes, case: str, arm: str) -> list[Task]:

@@ -37,6 +37,8 @@ KEYS = (
     "final_rate",
     "jobs",
 )
+FINALISTS = 2
+"""Points that a search tries on more than its first seed."""
 SHIPPED = Path("compare") / "demo.yaml"
 """The spec of the demo, below the shipped `configs`."""
 
@@ -129,7 +131,7 @@ class Spec:
     """Paired seeds: each sets initial weights, data order and selection, the same for every arm."""
 
     search_seeds: tuple[int, ...]
-    """Seeds of the search for a learning rate, apart from the paired ones."""
+    """Seeds of the search for a learning rate, apart from the paired ones; the first tries the whole grid."""
 
     learning_rates: tuple[float, ...]
     """Highest learning rates tried for every arm, ascending, with the first weight decay."""
@@ -163,7 +165,7 @@ class Spec:
     def runs(self) -> int:
         """Runs of the whole comparison."""
         tried = len(self.learning_rates) + len(self.decays) - 1
-        search = tried * len(self.search_seeds) if self.searches else 0
+        search = tried + min(FINALISTS, tried) * (len(self.search_seeds) - 1) if self.searches else 0
         return len(self.cases) * len(self.arms) * (search + len(self.seeds))
 
     def given(self, case: str, arm: str) -> Point | None:

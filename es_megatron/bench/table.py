@@ -84,10 +84,10 @@ def _search(case: CaseResult) -> Section:
     points.sort(key=lambda point: (point.decay or 0.0, point.rate))
     rows = [["arm", *map(str, points)]]
     for arm in case.arms.values():
-        best = min(arm.search.values(), default=math.nan)
-        marks = {point: " *" if loss == best else "" for point, loss in arm.search.items()}
+        marks = {point: " *" if point == (arm.rate, arm.decay) else "" for point in arm.search}
         rows.append([arm.arm, *(number(arm.search.get(p, math.nan), ".4f") + marks.get(p, "") for p in points)])
-    return Section(f"{case.case}: search for learning rate and weight decay, loss (* the best)", rows)
+    what = "loss on the first search seed, of the best two the mean over all (* taken)"
+    return Section(f"{case.case}: search for learning rate and weight decay, {what}", rows)
 
 
 def _units(results: Results) -> str:

@@ -13,6 +13,7 @@ from es_megatron.core.plan import Plan
 
 COSTS = (0.55, 0.70)
 """Nominal costs, as shares of plain, for which what was measured at 0.625 is told."""
+_LINK = "reference, `es-megatron reference` (docs/references.md)"
 CLEAN, DAMAGED, COPIES = "clean text", "40% damaged", "half near copies"
 
 
@@ -45,13 +46,11 @@ def expected_loss(plan: Plan) -> list[str]:
     arm, regime = arm_of_tables(plan.config), regime_of(max(plan.passes))
     share = plan.cost / plan.plain_cost
     lines = _lines(arm, regime) if arm and regime and COSTS[0] <= share <= COSTS[1] else []
-    if not lines:
+    if lines and regime:
+        lines += _advice(arm, regime)
+    else:
         what = f"such a run (cost {share:.1%} of plain, {max(plan.passes):.1f} passes)"
         lines = [f"not measured for {what}: compare arms first, `es-megatron compare` (docs/results.md has what was)"]
-    if plan.arm.scores and plan.config.reference.folder is None:
-        lines.append(
-            "text that is damaged or repeats: give it a reference, `es-megatron reference` (docs/references.md)"
-        )
     return lines
 
 
@@ -87,6 +86,24 @@ def _lines(arm: str, regime: Regime) -> list[str]:
         "nats a token, 95% intervals, at 62.5% of the cost, of tiny models on a CPU; your model and text: not measured"
     )
     return [*lines, how]
+
+
+def _advice(arm: str | None, regime: Regime) -> list[str]:
+    """What was best on the tuning blends, and what came of it on the proving ones, where that is another arm."""
+    told: list[str] = []
+    for text, case in regime.cases.items():
+        best = measured()["best"].get(case)
+        if best is None or best["arm"] == arm:
+            continue
+        if best["arm"] is None:
+            told.append(f"{text}: nothing was better than `arm: uniform` on the tuning blends")
+            continue
+        there = (
+            f"{_interval(best['proving'])} against uniform on the proving blend" if best["proving"] else "not proved"
+        )
+        with_it = f" with a {_LINK}" if measured()["arms"][best["arm"]]["policy"] == "reducible" else ""
+        told.append(f"{text}: best on the tuning blends was `{best['arm']}`{with_it}, {there}")
+    return told
 
 
 def _interval(found: Sequence[float]) -> str:

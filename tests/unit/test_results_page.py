@@ -20,7 +20,11 @@ from tests.unit.test_compare_results import summary
 from tests.unit.test_compare_spec import PATH, changed
 
 ARMS = {name: {"training.clip_grad": number + 1.0} for number, name in enumerate(("uniform", "plain", "static"))}
-RULED = {**ARMS, "excess": {}, "residual": {"training.clip_grad": 0.5}, "band": {"training.clip_grad": 0.6}}
+RULED = {
+    **ARMS,
+    "excess": {},
+    **{name: {"training.clip_grad": 0.5 + at / 10} for at, name in enumerate(("residual", "band", "history", "paper"))},
+}
 
 
 def test_nothing_on_the_page_is_stale() -> None:
@@ -87,6 +91,38 @@ def test_aims_are_met_missed_or_open() -> None:
     assert verdicts["no domain's lower end above +0.02 against uniform"] == "missed"
 
 
+def test_what_else_was_tried_is_told_of_what_was_missed() -> None:
+    whole = {
+        "tuning": {case: even(band=3.9) for case in ("damaged", "wiki-damaged", "clean")},
+        "proving": {case: even(band=4.1, excess=3.98) for case in ("damaged", "clean")},
+    }
+    tried = {aim.what: aim.tried for aim in findings_of(whole).aims()}
+    assert tried["clean text, 4 passes: below uniform"].startswith(
+        "`history` -0.002 / -0.002; `excess` -0.002 / -0.022; "
+    )
+    assert "`band`" not in tried["clean text, 4 passes: below uniform"]
+    assert "(a in damaged of tuning)" in tried["no domain's lower end above +0.02 against uniform"]
+    assert not tried["copies: below plain"], "it is open"
+
+
+def test_advice_is_chosen_on_the_tuning_blends_alone() -> None:
+    findings = findings_of(
+        {
+            "tuning": {
+                "damaged": even(band=3.9, excess=3.8),
+                "wiki-damaged": even(band=3.9, excess=4.1),
+                "clean": even(history=4.1, paper=4.1),
+                "wiki": even(),
+            },
+            "proving": {case: even(residual=3.0) for case in ("damaged", "clean", "ten")},
+        }
+    )
+    told = {each.case: (each.arm, [place.case for place in each.tuning]) for each in findings.advice()}
+    assert told["damaged"] == ("band", ["damaged", "wiki-damaged"]), "excess lost on one of the two"
+    assert told["clean"][1] == ["clean", "wiki"]
+    assert told.keys() == {"damaged", "clean"}
+
+
 def test_an_interval_says_how_much_is_missing() -> None:
     spec = spec_of(["clean"])
     runs = {Task("clean", arm, 1e-3, 1): Outcome(summary(4.0)) for arm in ("excess", "uniform")}
@@ -104,7 +140,19 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = json.loads((Path(expected.__file__).parent / "expected.json").read_text(encoding="utf-8"))
     assert {"history", "uniform", "excess", "paper"} <= shipped["arms"].keys()
     numbers = {"uniform": [-0.03, -0.02, -0.01], "plain": [0.1, 0.2, 0.3]}
-    told = {"arms": shipped["arms"], "cases": {"clean": {"history": numbers}, "once-damaged": {"history": numbers}}}
+    told = {
+        "arms": shipped["arms"],
+        "cases": {
+            "clean": {"history": numbers},
+            "once-damaged": {"history": numbers},
+        },
+        "best": {
+            "clean": {"arm": "history", "proving": [-0.03, -0.02, -0.01]},
+            "damaged": {"arm": "excess", "proving": [-0.05, -0.04, -0.03]},
+            "copies": {"arm": "paper", "proving": None},
+            "once-damaged": {"arm": None, "proving": None},
+        },
+    }
     monkeypatch.setattr(expected, "measured", lambda: told)
 
 
@@ -117,7 +165,21 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
             ["clean text: -0.020 [-0.030, -0.010] against uniform, +0.200 [+0.100, +0.300] against plain"],
         ),
         (["--passes", "4", "--es-selection-keep-ratio", "0.5625"], ["40% damaged: not measured"]),
-        (["--passes", "1", "--es-selection-keep-ratio", "0.5625"], ["40% damaged: -0.020 [-0.030, -0.010]"]),
+        (
+            ["--passes", "4", "--es-selection-keep-ratio", "0.5625"],
+            [
+                "40% damaged: best on the tuning blends was `excess` with a reference, `es-megatron reference`",
+                "(docs/references.md), -0.040 [-0.050, -0.030] against uniform on the proving blend",
+                "half near copies: best on the tuning blends was `paper`, not proved",
+            ],
+        ),
+        (
+            ["--passes", "1", "--es-selection-keep-ratio", "0.5625"],
+            [
+                "40% damaged: -0.020 [-0.030, -0.010]",
+                "40% damaged: nothing was better than `arm: uniform` on the tuning blends",
+            ],
+        ),
         (["--passes", "4", "--es-selection-keep-ratio", "0.25"], ["not measured for such a run (cost 32.5% of plain"]),
         (["--passes", "20", "--es-selection-keep-ratio", "0.5625"], ["not measured for such a run"]),
         (["--passes", "4", "--es-pruning-ratio", "0.2"], ["not measured for such a run"]),
@@ -131,8 +193,7 @@ def test_plan_tells_what_was_measured_of_the_loss(flags: list[str], lines: list[
     for line in lines:
         assert line in told
     assert told.splitlines()[1].split()[0] == "loss"
-    advised = "give it a reference" in told
-    assert advised == ("plain" not in flags)
+    assert "clean text: best" not in told, "it is what the run does"
 
 
 def test_a_mean_that_is_missing_is_no_number() -> None:
