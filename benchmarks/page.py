@@ -47,6 +47,13 @@ PROVED = {
     "wikitext": "WikiText-2, 4 passes",
 }
 
+AROUND = {
+    "ablations-damaged": "40% damaged, one thing at a time",
+    "shares-damaged-20": "20% damaged",
+    "shares-damaged-10": "10% damaged",
+    "shares-batch-128": "40% damaged, a meta-batch of 128",
+    "shares-continued": "40% damaged, a model that Wikipedia and dialogue have taught",
+}
 TITLES = {
     "search": "The search for learning rates and weight decays",
     "tuning": "The tuning blends",
@@ -104,6 +111,7 @@ def pages(results: Mapping[str, Results]) -> dict[Path, str]:
         progress=" ".join(_progress(name, each) for name, each in results.items() if name != "search"),
         aims=findings.aims(),
         advice=[(PROVED.get(each.case, each.case), each) for each in findings.advice()],
+        around=around(results),
         price=findings.price(DAMAGED[0], findings.rule),
         worst=findings.worst_domain(findings.rule),
         stages=_stages(results),
@@ -149,6 +157,18 @@ def headlines(results: Mapping[str, Results], rule: str) -> str:
             "[docs/results.md](docs/results.md).)",
         ]
     )
+
+
+def around(results: Mapping[str, Results]) -> list[tuple[str, str]]:
+    """Means against uniform at equal cost of what two seeds have tried beside the headlines, by what was changed."""
+    found: list[tuple[str, str]] = []
+    for name in ("ablations", "shares"):
+        for case in results[name].cases if name in results else ():
+            means = {arm: case.arms[arm].against["uniform"] for arm in results[name].spec.equal_cost[1:]}
+            told = [f"`{arm}` {one.mean:+.3f}" for arm, one in means.items() if one.seeds]
+            if told:
+                found.append((AROUND[f"{name}-{case.case}"], ", ".join(told)))
+    return found
 
 
 def ways(spec: Spec) -> dict[str, dict[str, Any]]:

@@ -26,8 +26,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from es_megatron.errors import ConfigError, DataError
+from es_megatron.errors import ConfigError, DataError, PeerError
 from es_megatron.testing import cpu
+from es_megatron.trainer.alarm import brief
 from es_megatron.trainer.initial_weights import leave_uninitialized, set_initial_weights
 from es_megatron.trainer.launched import launched_ranks
 from es_megatron.trainer.settings import PretrainSettings, check_layout
@@ -293,7 +294,15 @@ def _join_process_group(timeout: timedelta) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's order of communication and compute
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if os.environ.get("RANK"):
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise PeerError(
+                f"Not all of the {os.environ.get('WORLD_SIZE')} ranks met at {where}: {brief(error)}. Look for the "
+                "first error of the others, which may have ended before; if they only start slowly, raise "
+                "`parallel.timeout_minutes`."
+            ) from error
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

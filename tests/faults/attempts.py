@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from es_megatron.trainer import alarm, loop
 from es_megatron.trainer.checkpoints import RunCheckpoints
 from tests.faults import shim
@@ -153,6 +155,10 @@ def armed_in_save(fault: Fault | None, at: tuple[int, ...] = (0, 1), iteration: 
     return prepare
 
 
+HUNG, MET = "hung", "all ranks have met"
+"""How a job is called that does not end, and what a rank says once it knows the others."""
+
+
 def shorten_grace() -> None:
     """Leave a stuck rank sooner, so that an attempt takes seconds."""
     alarm.Alarm.__init__.__defaults__ = (GRACE, os._exit)
@@ -166,7 +172,7 @@ def ended(job: Job, allowed: tuple[int, ...], seconds: float = LIMIT) -> str | N
     left = job.left_behind()
     said = [job.said(rank) for rank in range(len(codes))]
     if None in codes:
-        return f"hung: exit codes {codes} after {seconds:.0f} s\n{said[0][-600:]}\n{said[-1][-600:]}"
+        return f"{HUNG}: exit codes {codes} after {seconds:.0f} s\n{said[0][-600:]}\n{said[-1][-600:]}"
     if any(code not in allowed for code in codes):
         return f"exit codes {codes}\n{said[0][-600:]}\n{said[-1][-600:]}"
     if left:
@@ -318,8 +324,15 @@ def killed_at(rig: Rig, chance: random.Random, counts: tuple[int, int]) -> Outco
 
 
 def grace(rank: int) -> None:
-    """The preparation that shortens the grace alone."""
+    """The preparation that shortens the grace, and has a rank say when all ranks have met."""
     shorten_grace()
+    meet = dist.init_process_group
+
+    def told(*arguments: Any, **options: Any) -> None:
+        meet(*arguments, **options)
+        print(MET, flush=True)
+
+    dist.init_process_group = told
 
 
 def hit(job: Job, ranks: int, chance: random.Random) -> str | None:
@@ -337,6 +350,8 @@ def hit(job: Job, ranks: int, chance: random.Random) -> str | None:
             job.kill(rank, number)
     allowed = (FINISHED, FAILED, STOPPED, -number, 128 + number)
     problem = ended(job, allowed)
+    if problem is not None and problem.startswith(HUNG) and not any(MET in job.said(rank) for rank in range(ranks)):
+        return None  # a rank died before the others knew it: they wait at the meeting until their launcher ends them
     return None if problem is None else f"{signal.Signals(number).name} to {targets} at {wanted}: {problem}"
 
 

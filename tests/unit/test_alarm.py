@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator
@@ -15,6 +18,7 @@ import torch.distributed as dist
 from es_megatron.errors import ConfigError, PeerError
 from es_megatron.trainer import alarm as module
 from es_megatron.trainer.alarm import EXIT_CODE, Alarm, ending_soon
+from tests.faults.job import free_port
 
 PATIENCE = 20.0
 
@@ -146,3 +150,27 @@ def test_the_exit_of_a_rank_that_failed(monkeypatch: pytest.MonkeyPatch) -> None
             raise KeyError("a")
         time.sleep(0.5)
         assert left == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_meets_nobody_says_where_it_waited(rank: int) -> None:
+    program = """
+import sys
+from datetime import timedelta
+from es_megatron.testing import cpu
+cpu.install()
+from es_megatron.errors import PeerError
+from es_megatron.trainer import model
+try:
+    model._join_process_group(timedelta(seconds=1))
+except PeerError as error:
+    sys.exit(str(error))
+"""
+    port = str(free_port())
+    meeting = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **meeting}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert f"Not all of the 2 ranks met at 127.0.0.1:{port}" in ended.stderr
+    assert "raise `parallel.timeout_minutes`" in ended.stderr
