@@ -136,6 +136,8 @@ def armed_in_save(fault: Fault | None, at: tuple[int, ...] = (0, 1), iteration: 
             return self._pending is not None and self._pending.iteration == iteration
 
         def armed_save(self: RunCheckpoints, backend: Any, *more: Any, **named: Any) -> Any:
+            if backend.engine.iteration == iteration:
+                advance(self, wait=True)  # the save before, in the background: a fault in it would leave nothing
             shim.arm(backend.engine.iteration == iteration)
             try:
                 return save(self, backend, *more, **named)
