@@ -47,10 +47,11 @@ def expected_loss(plan: Plan) -> list[str]:
     share = plan.cost / plan.plain_cost
     lines = _lines(arm, regime) if arm and regime and COSTS[0] <= share <= COSTS[1] else []
     if lines and regime:
-        lines += _advice(arm, regime)
-    else:
-        what = f"such a run (cost {share:.1%} of plain, {max(plan.passes):.1f} passes)"
-        lines = [f"not measured for {what}: compare arms first, `es-megatron compare` (docs/results.md has what was)"]
+        return [*lines, *_advice(arm, regime)]
+    what = f"such a run (cost {share:.1%} of plain, {max(plan.passes):.1f} passes)"
+    lines = [f"not measured for {what}: compare arms first, `es-megatron compare` (docs/results.md has what was)"]
+    if plan.arm.scores and plan.config.reference.folder is None and max(plan.passes) > REGIMES[0].most:
+        lines.append(f"text that is damaged, over several passes: try a {_LINK}")
     return lines
 
 

@@ -181,7 +181,10 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
             ],
         ),
         (["--passes", "4", "--es-selection-keep-ratio", "0.25"], ["not measured for such a run (cost 32.5% of plain"]),
-        (["--passes", "20", "--es-selection-keep-ratio", "0.5625"], ["not measured for such a run"]),
+        (
+            ["--passes", "20", "--es-selection-keep-ratio", "0.5625"],
+            ["not measured for such a run", "over several passes: try a reference, `es-megatron reference`"],
+        ),
         (["--passes", "4", "--es-pruning-ratio", "0.2"], ["not measured for such a run"]),
         (["--passes", "4", "--es-arm", "plain"], ["as of plain training"]),
     ],
