@@ -19,6 +19,8 @@ WANTED = 0.05
 """Nats below uniform that are aimed at on damaged text."""
 WORST = 0.02
 """Nats above uniform that the lower end of no domain's interval may pass."""
+LEVEL = 0.02
+"""Nats above plain within which a mean, whose interval has 0, counts as level: a wide interval alone does not."""
 
 
 class Place(NamedTuple):
@@ -127,7 +129,7 @@ class Findings:
         others = "; ".join(f"`{arm}` {one[1].mean:+.3f} ({one[0]})" for arm, one in worsts.items() if one)
         return [
             self._aim(f"40% damaged: {WANTED} below uniform, or more", DAMAGED, "uniform", lambda d: d.mean <= -WANTED),
-            self._aim("40% damaged: level with plain on one blend", DAMAGED, "plain", lambda d: d.low <= 0, any),
+            self._aim("40% damaged: level with plain on one blend", DAMAGED, "plain", level, any),
             self._aim("one pass over damaged text: below uniform", both("once-damaged"), "uniform", below),
             self._aim("copies: below plain", both("copies"), "plain", below),
             self._aim("copies: below history with the mixture free", both("copies"), "history-free", below),
@@ -206,6 +208,11 @@ def both(case: str) -> tuple[Place, ...]:
 def below(difference: PairedDifference) -> bool:
     """The whole interval is below 0."""
     return difference.high < 0
+
+
+def level(difference: PairedDifference) -> bool:
+    """Not told apart, and near."""
+    return difference.low <= 0 and difference.mean <= LEVEL
 
 
 def interval(difference: PairedDifference | None) -> str:

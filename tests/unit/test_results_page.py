@@ -85,6 +85,9 @@ def test_aims_are_met_missed_or_open() -> None:
     assert verdicts["40% damaged: below the static filter by the same reference"] == "met"
     assert verdicts["clean text, 4 passes: below uniform"] == "open", "the proving blend is missing"
     assert verdicts["no domain's lower end above +0.02 against uniform"] == "met"
+    level = {**whole, "proving": {"damaged": even(band=3.9, plain=3.9)}}
+    verdicts = {aim.what: aim.verdict for aim in findings_of(level).aims()}
+    assert verdicts["40% damaged: level with plain on one blend"] == "met"
     whole["proving"]["damaged"] = even(band=4.1)
     verdicts = {aim.what: aim.verdict for aim in findings_of(whole).aims()}
     assert verdicts["40% damaged: 0.05 below uniform, or more"] == "missed"
