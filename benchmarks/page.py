@@ -43,7 +43,7 @@ PROVED = {
     "copies": "half of the documents near copies, 4 passes",
     "once-damaged": "40% damaged, one pass",
     "ten": "clean text, ten passes",
-    "larger-damaged": "40% damaged, a larger model",
+    "larger-damaged": "40% damaged, a larger model at the small one's rates",
     "wikitext": "WikiText-2, 4 passes",
 }
 
