@@ -202,6 +202,16 @@ def test_plan_tells_what_was_measured_of_the_loss(flags: list[str], lines: list[
     assert "clean text: best" not in told, "it is what the run does"
 
 
+def test_the_sample_in_the_documents_is_what_plan_says(capsys: Any) -> None:
+    shown = (page.ROOT / "docs" / "plan-and-report.md").read_text(encoding="utf-8")
+    begin = shown.index("$ es-megatron plan --config configs/small.yaml") + len("$ es-megatron ")
+    command = shown[begin : shown.index("plan: arm", begin)].replace("\\\n", " ")
+    config = str(page.ROOT / "configs" / "small.yaml")
+    assert main([config if word == "configs/small.yaml" else word for word in command.split()]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert line in shown
+
+
 def test_a_mean_that_is_missing_is_no_number() -> None:
     assert math.isnan(findings_of({"tuning": {"damaged": even()}}).mean(DAMAGED[2], "band"))
 
