@@ -186,6 +186,16 @@ class Findings:
         found = self.difference(place, arm, reference)
         return "open" if found is None else found.verdict
 
+    def tally(self, arm: str, specs: Sequence[str] = ("tuning", "proving")) -> str:
+        """In how many cases an arm was better and worse than uniform, and not told apart."""
+        verdicts = [
+            one.against["uniform"].verdict
+            for (spec, _, name), one in self._arms.items()
+            if spec in specs and name == arm and "uniform" in one.against
+        ]
+        better, even, worse = (verdicts.count(each) for each in ("wins", "ties", "loses"))
+        return f"better in {better} cases, not told apart in {even}, worse in {worse}"
+
     def expected(self, spec: str) -> dict[str, dict[str, Any]]:
         """Differences to uniform and to plain (low, mean, high) by case and arm, of those that are complete."""
         found: dict[str, dict[str, Any]] = {}

@@ -124,6 +124,7 @@ def test_advice_is_chosen_on_the_tuning_blends_alone() -> None:
     assert told["damaged"] == ("band", ["damaged", "wiki-damaged"]), "excess lost on one of the two"
     assert told["clean"][1] == ["clean", "wiki"]
     assert told.keys() == {"damaged", "clean"}
+    assert findings.tally("excess", ["tuning"]) == "better in 1 cases, not told apart in 2, worse in 1"
 
 
 def test_an_interval_says_how_much_is_missing() -> None:
