@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -166,6 +167,12 @@ def around(results: Mapping[str, Results]) -> list[tuple[str, str]]:
         for case in results[name].cases if name in results else ():
             means = {arm: case.arms[arm].against["uniform"] for arm in results[name].spec.equal_cost[1:]}
             told = [f"`{arm}` {one.mean:+.3f}" for arm, one in means.items() if one.seeds]
+            for arm, one in case.arms.items():  # at budgets of their own
+                rule, _, share = arm.partition("-")
+                other = case.arms.get(f"uniform-{share}")
+                if other is not None and arm != other.arm and one.losses and one.losses.keys() == other.losses.keys():
+                    mean = fmean(one.losses[seed] - other.losses[seed] for seed in one.losses)
+                    told.append(f"`{rule}` {mean:+.3f} at {share}% of the cost")
             if told:
                 found.append((AROUND[f"{name}-{case.case}"], ", ".join(told)))
     return found
