@@ -170,8 +170,9 @@ def around(results: Mapping[str, Results]) -> list[tuple[str, str]]:
             for arm, one in case.arms.items():  # at budgets of their own
                 rule, _, share = arm.partition("-")
                 other = case.arms.get(f"uniform-{share}")
-                alike = other is not None and arm != other.arm and arm not in results[name].spec.equal_cost
-                if alike and one.losses and one.losses.keys() == other.losses.keys():
+                if other is None or arm == other.arm or arm in results[name].spec.equal_cost:
+                    continue
+                if one.losses and one.losses.keys() == other.losses.keys():
                     mean = fmean(one.losses[seed] - other.losses[seed] for seed in one.losses)
                     told.append(f"`{rule}` {mean:+.3f} at {share}% of the cost")
             if told:
