@@ -171,14 +171,14 @@ class Findings:
         for spec, case, arm in self._arms:
             if spec != "tuning" or arm != "uniform" or case.startswith(WIKI):
                 continue
-            wiki = WIKI if case == "clean" else f"{WIKI}-{case}"
-            places = [Place(spec, case, "demo text"), Place(spec, wiki, "Wikipedia and dialogue")]
-            places = [place for place in places if (spec, place.case, arm) in self._arms]
+            demo, proving = both(case)
+            wiki = Place(spec, WIKI if case == "clean" else f"{WIKI}-{case}", CHOSEN_ON[1].name)
+            places = [place for place in (demo, wiki) if (spec, place.case, arm) in self._arms]
             if not all(self.complete(places, name) for name in SETTINGS):
                 continue
             better = [name for name in SETTINGS if all(self.verdict(place, name) == "wins" for place in places)]
             best = min(better, key=lambda name: math.fsum(self.mean(place, name) for place in places), default=arm)
-            found.append(Advice(case, best, tuple(places), (Place("proving", case, "proving blend"),)))
+            found.append(Advice(case, best, tuple(places), (proving,)))
         return found
 
     def verdict(self, place: Place, arm: str, reference: str = "uniform") -> str:

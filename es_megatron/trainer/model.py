@@ -299,8 +299,8 @@ def _join_process_group(timeout: timedelta) -> None:
         except dist.DistError as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise PeerError(
-                f"Not all of the {os.environ.get('WORLD_SIZE')} ranks met at {where}: {brief(error)}. Look for the "
-                "first error of the others, which may have ended before; if they only start slowly, raise "
+                f"The {os.environ.get('WORLD_SIZE')} ranks did not meet at {where}: {brief(error)}. Look for the first "
+                "error of the others, which may have ended before; if they only start slowly, raise "
                 "`parallel.timeout_minutes`."
             ) from error
     else:

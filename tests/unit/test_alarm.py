@@ -172,5 +172,5 @@ except PeerError as error:
         [sys.executable, "-c", program], env={**os.environ, **meeting}, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 1
-    assert f"Not all of the 2 ranks met at 127.0.0.1:{port}" in ended.stderr
+    assert f"The 2 ranks did not meet at 127.0.0.1:{port}" in ended.stderr
     assert "raise `parallel.timeout_minutes`" in ended.stderr

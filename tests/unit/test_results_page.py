@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from benchmarks import page, stages
-from benchmarks.findings import DAMAGED, Findings, interval
+from benchmarks.findings import DAMAGED, Findings, interval, level
 from es_megatron.bench.results import conclude
 from es_megatron.bench.runs import Outcome, Task
 from es_megatron.bench.spec import Spec, read_spec
+from es_megatron.bench.statistics import PairedDifference
 from es_megatron.cli import main
 from es_megatron.forecast import expected
 from tests.unit.test_compare_results import summary
@@ -85,13 +86,19 @@ def test_aims_are_met_missed_or_open() -> None:
     assert verdicts["40% damaged: below the static filter by the same reference"] == "met"
     assert verdicts["clean text, 4 passes: below uniform"] == "open", "the proving blend is missing"
     assert verdicts["no domain's lower end above +0.02 against uniform"] == "met"
-    level = {**whole, "proving": {"damaged": even(band=3.9, plain=3.9)}}
-    verdicts = {aim.what: aim.verdict for aim in findings_of(level).aims()}
+    near = {**whole, "proving": {"damaged": even(band=3.9, plain=3.9)}}
+    verdicts = {aim.what: aim.verdict for aim in findings_of(near).aims()}
     assert verdicts["40% damaged: level with plain on one blend"] == "met"
     whole["proving"]["damaged"] = even(band=4.1)
     verdicts = {aim.what: aim.verdict for aim in findings_of(whole).aims()}
     assert verdicts["40% damaged: 0.05 below uniform, or more"] == "missed"
     assert verdicts["no domain's lower end above +0.02 against uniform"] == "missed"
+
+
+def test_a_wide_interval_alone_is_not_level() -> None:
+    assert level(PairedDifference(0.01, -0.01, 0.03, 5))
+    assert not level(PairedDifference(0.051, -0.025, 0.127, 5))
+    assert not level(PairedDifference(0.01, 0.005, 0.015, 5))
 
 
 def test_what_else_was_tried_is_told_of_what_was_missed() -> None:
